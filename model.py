@@ -1,0 +1,554 @@
+"""Encoders of CLMR, the projector, and the files they live in (Spijkervet & Burgoyne, ISMIR 2021, sections 3.3 and 3.5).
+
+    python model.py                                  # the layer / shape / parameter table of the paper's SampleCNN
+    python model.py --encoder cpc
+    python model.py --ckpt runs/mtat/encoder.pt --out exported/      # encoder.ts and encoder.pt2 with their sidecars
+
+This file needs torch alone. Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
+
+An encoder is any module that takes `(B, 1, input_samples)` audio in [-1, 1] and gives `(B, out_dim)` features, and says
+so itself: `input_samples`, `out_dim`, `name`, and `sizes` (the arguments that build it again).
+
+Files:
+  encoder.pt    {"format", "state", "encoder", "sizes", "sample_rate", "input_samples", "out_dim", "method", "step", ...}:
+                only tensors, numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it
+  encoder.ts    TorchScript: m(audio (B, 1, T)) -> (B, D), m.frames(audio, hop) -> (B, n, D); m.sample_rate, m.input_samples
+  tagger.ts     the same with (B, K) probabilities, and m.tags
+  encoder.pt2   torch.export program of one window: (B, 1, input_samples) -> (B, D)
+  *.json        beside each export, and inside it: sample rate, input samples, dimensions, tags in order, task, versions, sha256
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine: three choices that every script makes in the same way
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tune_allocator():
+    """Keep freed memory in the process (glibc only; elsewhere it does nothing). Call it before the first large tensor.
+
+    glibc returns every large block to the system at each free, and half of a training step on the CPU is then spent on
+    page faults: 4.06 -> 1.65 s for a step of 16 pairs on two cores. Both calls are needed."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large request
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
+def choose_device(name="auto") -> torch.device:
+    """`auto`, `cpu` or `cuda` -> device; in a torchrun process, `cuda` is the GPU of that process.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here; type --device cpu, or leave it at auto")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if name != "cpu":
+        raise ValueError(f"--device must be auto, cpu or cuda, not {name!r}")
+    return torch.device("cpu")
+
+
+def choose_amp(device, amp="auto") -> str:
+    """`auto` -> `bf16` where the processor multiplies bfloat16 natively (AVX-512 BF16, AMX, Ampere GPUs or later), else `off`."""
+    device = torch.device(device)
+    if amp == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "off"
+    if amp not in ("off", "bf16", "fp16"):
+        raise ValueError(f"--amp must be auto, off, bf16 or fp16, not {amp!r}")
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 is for GPUs; on the CPU type --amp bf16 or --amp off")
+    return amp
+
+
+def autocast(device, amp="auto"):
+    """The context of mixed precision: `with autocast(device, "auto"): h = encoder(x)`; see `choose_amp`."""
+    amp = choose_amp(device, amp)
+    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=amp != "off")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SampleCNN 3^9 (section 3.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def he_init(module):
+    """He initialisation of every convolution (section 3.7), biases at zero. Use with `encoder.apply(he_init)`."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class SampleCNN(nn.Module):
+    """SampleCNN on raw audio: a stem conv(k3, s3), nine blocks [conv k3, BN, ReLU, max-pool 3], a top conv.
+
+    Args:
+        channels: of the stem, the nine blocks and the top; the paper's by default.
+        width: a factor on all of them (1.0 is the paper); 0.125 makes a network that trains in minutes on a CPU.
+
+    `forward(x (B, 1, 3**10)) -> (B, D)`. Autograd, AMP, TorchScript and torch.export are supported; statistics of the
+    batch are taken in training mode, so only there a row depends on the others.
+
+    The convolutions are written as 1 x 3 kernels over (B, C, 1, T) and kept channels-last, which is the same
+    arithmetic and 1.6 times as fast in bfloat16 on a CPU.
+
+    >>> encoder = SampleCNN(width=0.125).eval()
+    >>> encoder.input_samples, encoder.out_dim, encoder(torch.zeros(2, 1, 59049)).shape
+    (59049, 64, torch.Size([2, 64]))
+    """
+
+    name = "samplecnn"
+    channels = (128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512)
+
+    def __init__(self, width: float = 1.0):
+        super().__init__()
+        if not width > 0:
+            raise ValueError(f"width must be a positive factor (1.0 is the paper's network), not {width}")
+        sizes = [max(8, 8 * round(c * width / 8)) for c in self.channels]
+        self.sizes = {"width": width}
+        self.out_dim = sizes[-1]
+        self.input_samples = 3 ** (len(sizes) - 1)  # one stride of 3 and a max-pool of 3 in every block: 3^10 = 59,049
+        layers = [self._block(1, sizes[0], stride=3)]
+        layers += [self._block(i, o, pool=True) for i, o in zip(sizes[:-2], sizes[1:-1])]
+        layers += [self._block(sizes[-2], sizes[-1])]
+        self.blocks = nn.Sequential(*layers)
+        self.apply(he_init)
+        self.to(memory_format=torch.channels_last)  # the weights decide the layout: an input of one channel is ambiguous
+
+    @staticmethod
+    def _block(c_in, c_out, stride=1, pool=False):
+        conv = nn.Conv2d(c_in, c_out, (1, 3), stride=(1, stride), padding=(0, 1 if stride == 1 else 0))
+        layers = [conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.MaxPool2d((1, 3))) if pool else nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.input_samples:
+            raise ValueError(f"expected mono audio of shape (B, 1, {self.input_samples}), got {list(x.shape)}")
+        return self.blocks(x.unsqueeze(2)).flatten(1)  # (B, 1, 1, T) -> (B, D, 1, 1) -> (B, D)
+
+
+class SampleCNNLarge(SampleCNN):
+    """The larger SampleCNN (section 3.3's variant, 7,289,088 parameters): more channels in the upper blocks, D = 1024."""
+
+    name = "samplecnn-large"
+    channels = (128, 128, 128, 256, 256, 256, 512, 512, 512, 1024, 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contrastive Predictive Coding (section 3.5), the paper's comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CPC(nn.Module):
+    """CPC's encoder: seven strided convolutions (480 samples a frame) and a GRU whose state is the context.
+
+    `context(x (B, 1, T)) -> z (B, n, 512), c (B, n, 256)`: frames and contexts; `forward(x) -> (B, D)` pools the contexts:
+    `mean` (D = 256, the default) or `mean+last` (D = 512, the only reading that gives the paper's "512 dimensions").
+
+    >>> z, c = CPC(width=0.125).context(torch.zeros(2, 1, 59049))
+    >>> z.shape, c.shape
+    (torch.Size([2, 124, 64]), torch.Size([2, 124, 32]))
+    """
+
+    name = "cpc"
+    kernels = (10, 6, 4, 4, 4, 2, 2)
+    strides = (5, 3, 2, 2, 2, 2, 2)
+    paddings = (2, 2, 2, 2, 1, 1, 1)
+
+    def __init__(self, width: float = 1.0, pool: str = "mean"):
+        super().__init__()
+        if not width > 0:
+            raise ValueError(f"width must be a positive factor (1.0 is the paper's network), not {width}")
+        if pool not in ("mean", "mean+last"):
+            raise ValueError(f"pool must be mean or mean+last, not {pool!r}")
+        frame_dim, context_dim = (max(8, 8 * round(c * width / 8)) for c in (512, 256))
+        self.sizes = {"width": width, "pool": pool}
+        self.pool = pool
+        self.out_dim = context_dim * (2 if pool == "mean+last" else 1)
+        self.context_dim, self.frame_dim = context_dim, frame_dim
+        self.input_samples = SampleCNN(width=1 / 64).input_samples  # the two methods see the same windows
+        layers: list[nn.Module] = []
+        for i, (k, s, p) in enumerate(zip(self.kernels, self.strides, self.paddings)):
+            layers += [nn.Conv1d(1 if i == 0 else frame_dim, frame_dim, k, s, p), nn.ReLU(inplace=True)]
+        self.frames = nn.Sequential(*layers)
+        self.gru = nn.GRU(frame_dim, context_dim, batch_first=True)
+        self.apply(he_init)
+
+    @torch.jit.export
+    def context(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.frames(x).transpose(1, 2)  # (B, n, 512)
+        c, _ = self.gru(z)  # (B, n, 256)
+        return z, c
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.input_samples:
+            raise ValueError(f"expected mono audio of shape (B, 1, {self.input_samples}), got {list(x.shape)}")
+        _, c = self.context(x)
+        mean = c.mean(1)
+        return torch.cat([mean, c[:, -1]], 1) if self.pool == "mean+last" else mean
+
+
+class Projector(nn.Module):
+    """z = W2 ReLU(W1 h), without biases (section 3.3): 512-512-128. The loss sees z, everything afterwards uses h.
+
+    >>> Projector(512)(torch.zeros(2, 512)).shape
+    torch.Size([2, 128])
+    """
+
+    def __init__(self, in_dim: int = 512, out_dim: int = 128):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(in_dim, in_dim, bias=False), nn.ReLU(), nn.Linear(in_dim, out_dim, bias=False))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layers(h)
+
+
+ENCODERS = {c.name: c for c in (SampleCNN, SampleCNNLarge, CPC)}
+
+
+def build_encoder(name, **sizes) -> nn.Module:
+    """A new encoder by name, with He initialisation from torch's current generator.
+
+    >>> sum(p.numel() for p in build_encoder("samplecnn").parameters())
+    2368512
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"unknown encoder {name!r}; there are: {', '.join(ENCODERS)}")
+    return ENCODERS[name](**sizes)
+
+
+def fold_batch_norm(encoder: nn.Module) -> nn.Module:
+    """A copy for inference with every batch norm folded into the convolution before it (float64 arithmetic, so that the
+    outputs stay within 1e-6 of the unfolded encoder's). No parameter of `encoder` is changed."""
+    encoder = copy.deepcopy(encoder).eval()
+    for block in [m for m in encoder.modules() if isinstance(m, nn.Sequential) and len(m) > 1]:
+        if isinstance(block[0], nn.Conv2d) and isinstance(block[1], nn.modules.batchnorm._BatchNorm):
+            conv, norm = block[0], block[1]
+            scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+            with torch.no_grad():
+                bias = (conv.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
+                conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+                conv.bias.copy_(bias)
+            del block[1]
+    return encoder.to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder file
+# ---------------------------------------------------------------------------------------------------------------------
+
+FORMAT = "clmr-encoder-1"
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """sha256 over names, shapes and values of all parameters and buffers: the identity of an encoder."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path, data: bytes):
+    """Write `data` under a temporary name in the same folder, flush it to the disk, then move it into place: a reader
+    sees the old file or the new one, whatever happens in between."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_checkpoint(path) -> dict:
+    """`torch.load(weights_only=True)` on the CPU, with errors a user can act on."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the path of an encoder.pt, e.g. runs/NAME/encoder.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for one fact: this is no file of ours
+        raise ValueError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:120]}); "
+                         "expected an encoder.pt that pretrain.py wrote, or a checkpoint of the authors") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected the dict of an encoder.pt")
+    return content
+
+
+def save_encoder(path, encoder: nn.Module, **info):
+    """Write the encoder file (see the head of this file). `info`: at least sample_rate, method, step; plain values only."""
+    plain = encoder.module if hasattr(encoder, "module") else encoder
+    state = {k: v.detach().cpu().clone() for k, v in plain.state_dict().items()}
+    content = {"format": FORMAT, "encoder": plain.name, "sizes": dict(plain.sizes), "out_dim": plain.out_dim,
+               "input_samples": plain.input_samples, **info, "state": state}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_encoder(path) -> tuple[nn.Module, dict]:
+    """Read an encoder file, ours or the authors' (Lightning `model.encoder.*`, older `encoder.*`).
+
+    Returns: the encoder in eval mode on the CPU, and the info it was saved with.
+    Raises: FileNotFoundError; ValueError when the file is of another format or does not fit its encoder."""
+    content = read_checkpoint(path)
+    if content.get("format") == FORMAT:
+        info = {k: v for k, v in content.items() if k != "state"}
+        encoder = build_encoder(content["encoder"], **content["sizes"])
+        _fill(encoder, content["state"], path)
+        return encoder.eval(), info
+    state = content.get("state_dict", content)
+    theirs = _authors_keys(state)
+    if theirs is None:
+        found = ", ".join(str(k) for k in list(content)[:4])
+        raise ValueError(f"{path} is no encoder file: expected format {FORMAT!r} or the authors' encoder.* keys, found {found}; "
+                         "give runs/NAME/encoder.pt (checkpoint.pt is for continuing a run)")
+    encoder = SampleCNN()
+    _fill(encoder, theirs, path)
+    # the authors' checkpoints carry no sample rate: all of their released ones were trained at the paper's
+    return encoder.eval(), {"format": "authors", "encoder": encoder.name, "sizes": encoder.sizes, "out_dim": encoder.out_dim,
+                            "input_samples": encoder.input_samples, "sample_rate": None, "method": "clmr",
+                            "step": int(content.get("global_step", 0)), "data": None, "fingerprint": None}
+
+
+def _fill(encoder, state, path):
+    missing, unexpected = set(encoder.state_dict()) - set(state), set(state) - set(encoder.state_dict())
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit {encoder.name} {encoder.sizes}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {encoder.name} {encoder.sizes}: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _authors_keys(state):
+    """The authors' names -> ours, or None. Blocks are `sequential.I` (0..10) or, in the oldest files, `convI` (1..11)."""
+    renamed = {}
+    for key, value in state.items():
+        name = key.removeprefix("module.").removeprefix("model.")
+        if not name.startswith("encoder.") or name.startswith("encoder.fc."):
+            continue
+        part = name.removeprefix("encoder.").split(".")
+        if part[0] == "sequential" and len(part) == 4:
+            block, layer, what = int(part[1]), part[2], part[3]
+        elif part[0].startswith("conv") and part[0][4:].isdigit() and len(part) == 3:
+            block, layer, what = int(part[0][4:]) - 1, part[1], part[2]
+        else:
+            return None
+        renamed[f"blocks.{block}.{layer}.{what}"] = value.unsqueeze(2) if value.dim() == 3 else value  # k -> 1 x k
+    return renamed or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports that work without this file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Exported(nn.Module):
+    """What encoder.ts and tagger.ts hold: windows, the encoder, an optional head, and the mean over windows.
+
+        audio  |-- window 0 --|-- window 1 --|-- window 2 --| rest (less than a window: left out)
+    """
+
+    tags: list[str]
+    sample_rate: int
+    input_samples: int
+
+    def __init__(self, encoder: nn.Module, sample_rate: int, head=None, tags=(), task: str = "none"):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Identity() if head is None else head
+        self.tags = list(tags)
+        self.task = "none" if head is None else task
+        self.sample_rate = int(sample_rate)
+        self.input_samples = int(encoder.input_samples)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        for part in torch.split(x, 32):  # bounded memory for any length of audio
+            y = self.head(self.encoder(part))
+            if self.task == "multilabel":
+                y = torch.sigmoid(y)
+            elif self.task == "singlelabel":
+                y = torch.softmax(y, 1)
+            parts.append(y)
+        return torch.cat(parts)
+
+    @torch.jit.export
+    def frames(self, audio: Tensor, hop: int) -> Tensor:
+        """(B, 1, T) -> (B, n, D): one row per window of `input_samples`, every `hop` samples."""
+        if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] < self.input_samples:
+            raise ValueError(f"expected mono audio (B, 1, T) with T >= {self.input_samples}, got {list(audio.shape)}")
+        if hop < 1:
+            raise ValueError("hop must be at least one sample")
+        windows = audio[:, 0].unfold(1, self.input_samples, hop)  # (B, n, window), a view
+        n = windows.shape[1]
+        rows: list[Tensor] = []
+        for i in range(windows.shape[0]):
+            for j in range(0, n, 32):
+                rows.append(self._rows(windows[i, j : j + 32].unsqueeze(1)))
+        return torch.cat(rows).reshape(audio.shape[0], n, -1)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.frames(audio, self.input_samples).mean(1)  # (B, n, D) -> (B, D)
+
+
+def versions() -> dict:
+    """Versions that explain a number."""
+    return {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+
+
+def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, tags=(), task="none", info=None) -> dict:
+    """Write a TorchScript file and its .json sidecar, load it again from the disk, and compare it with eager at two
+    lengths and two batch sizes.
+
+    Args:
+        encoder: as built or loaded here; batch norms are folded in a copy. head: optional module (B, D) -> (B, K) of logits.
+        sample_rate: of the audio it expects, in Hz. tags: names of the K outputs, in order. task: multilabel or singlelabel.
+    Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded), relative to the output's scale.
+    Raises: RuntimeError if that is above 1e-4, which means that the file must not be used."""
+    path = Path(path)
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
+    head = None if head is None else copy.deepcopy(head).cpu().float().eval()
+    eager = Exported(encoder, sample_rate, head, tags, task).eval()
+    plain = Exported(fold_batch_norm(encoder), sample_rate, head, tags, task).eval()
+    out_dim = len(tags) if head is not None else encoder.out_dim
+    sidecar = {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": out_dim, "tags": list(tags),
+               "task": plain.task, "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions(),
+               "sha256": weights_sha256(eager), **(info or {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # scripting is kept for the users who load it; encoder.pt2 is beside it
+        scripted = torch.jit.script(plain)
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer, _extra_files={"sidecar.json": json.dumps(sidecar)})
+        write_atomically(path, buffer.getvalue())
+        loaded = torch.jit.load(path)
+    worst = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for batch, length in ((1, encoder.input_samples), (3, 2 * encoder.input_samples + 1234)):
+        audio = torch.rand(batch, 1, length, generator=generator) * 2 - 1
+        with torch.no_grad():
+            want, got = eager(audio), loaded(audio)
+        worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item())
+    if not worst < 1e-4:
+        raise RuntimeError(f"{path} differs from the eager encoder by {worst:.1e} (relative): do not use it, and report this")
+    sidecar["max_difference"] = worst
+    write_atomically(f"{path}.json", (json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n").encode())
+    return sidecar
+
+
+def export_program(encoder: nn.Module, path, sample_rate: int, info=None) -> dict:
+    """Write encoder.pt2, a torch.export program `(B, 1, input_samples) -> (B, D)` for any B, and its sidecar; checked the same way."""
+    path = Path(path)
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
+    sidecar = {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": encoder.out_dim, "tags": [], "task": "none",
+               "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions(), "sha256": weights_sha256(encoder), **(info or {})}
+    audio = torch.rand(4, 1, encoder.input_samples, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    program = torch.export.export(fold_batch_norm(encoder), (audio[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"sidecar.json": json.dumps(sidecar)})
+    write_atomically(path, buffer.getvalue())
+    with torch.no_grad():
+        want, got = encoder(audio), torch.export.load(path).module()(audio)
+    sidecar["max_difference"] = ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
+    if not sidecar["max_difference"] < 1e-4:
+        raise RuntimeError(f"{path} differs from the eager encoder by {sidecar['max_difference']:.1e} (relative): do not use it, and report this")
+    write_atomically(f"{path}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
+    return sidecar
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(encoder: nn.Module) -> str:
+    """One line per layer with its output shape and parameters, for one window."""
+    lines, hooks = [], []
+    for name, module in encoder.named_modules():
+        if not list(module.children()):
+            def note(m, _, out, name=name):
+                shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
+                lines.append(f"{name:14s} {type(m).__name__:12s} {str(shape):24s} {sum(p.numel() for p in m.parameters()):>12,d}")
+            hooks.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        out = encoder.eval()(torch.zeros(1, 1, encoder.input_samples))
+    for hook in hooks:
+        hook.remove()
+    total = sum(p.numel() for p in encoder.parameters())
+    lines.append(f"{encoder.name}: (B, 1, {encoder.input_samples}) -> (B, {out.shape[1]}), {total:,d} parameters")
+    return "\n".join(lines)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="model.py", description="Print an encoder layer by layer, or export one.", allow_abbrev=False,
+                                     usage="python model.py [--encoder NAME | --ckpt FILE [--out DIR]]   (--help lists all)",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument("--encoder", choices=list(ENCODERS), default="samplecnn", help="which encoder to print")
+    group.add_argument("--width", type=float, default=1.0, help="factor on all channels")
+    group.add_argument("--ckpt", metavar="FILE", help="an encoder.pt instead of a new encoder")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="DIR", help="write encoder.ts and encoder.pt2 here (with --ckpt)")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.out and not args.ckpt:
+        parser.error("--out exports a trained encoder: name it with --ckpt runs/NAME/encoder.pt")
+    try:
+        if not args.ckpt:
+            print(table(build_encoder(args.encoder, width=args.width)))
+            return 0
+        encoder, info = load_encoder(args.ckpt)
+        print(table(encoder))
+        if args.out:
+            if info["sample_rate"] is None:
+                raise ValueError(f"{args.ckpt} does not say its sample rate (an authors' checkpoint); export it with evaluate.py --ckpt {args.ckpt} --data NAME")
+            for name, export in (("encoder.ts", export_torchscript), ("encoder.pt2", export_program)):
+                sidecar = export(encoder, Path(args.out) / name, info["sample_rate"])
+                print(f"{Path(args.out) / name}: largest difference to eager {sidecar['max_difference']:.1e}")
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"model.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
