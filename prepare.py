@@ -66,7 +66,7 @@ def decode(path, sample_rate=SAMPLE_RATE):
         sample_rate (int): the rate to return, in Hz.
 
     Returns:
-        torch.Tensor: (T,) float32, the mean of the channels. In [-1, 1] but for what a lossy decoder overshoots.
+        torch.Tensor: (T,) float32 in [-1, 1], the mean of the channels. A file that overshoots is scaled to a peak of 1.
 
     Raises:
         FileNotFoundError: no such file.
@@ -98,7 +98,9 @@ def load(path, sample_rate):
     bad = int((~np.isfinite(x)).sum())
     if bad:
         raise ValueError(f"{path}: {bad} of {len(x)} samples are NaN or infinite")
-    return resample(torch.from_numpy(x), rate, sample_rate), rate
+    x = resample(torch.from_numpy(x), rate, sample_rate)
+    # Lossy codecs overshoot, some collections to twice full scale: turn such a file down, rather than distort it.
+    return x / x.abs().max().clamp(min=1), rate
 
 
 def resample(x, rate, new_rate):
