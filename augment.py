@@ -1,0 +1,579 @@
+"""The augmentations of CLMR as one batched, exact and fast chain in plain torch (paper, section 3.1).
+
+    python augment.py song.wav --out listen/          # hear each transform alone and three full chains
+
+leaves in listen/: original.wav, one wav per transform, chain-1.wav to chain-3.wav, and spectrograms.png, and prints
+every value drawn, with its unit.
+
+What the chain does to each view, in this order; every decision and value is drawn independently for every view:
+
+| transform | what it does | values | probability |
+|---|---|---|---|
+| polarity | times -1 | | 0.8 |
+| noise | adds white Gaussian noise | 80 dB signal-to-noise ratio | 0.01 |
+| gain | changes the level | -6 to 0 dB | 0.3 |
+| filter | Butterworth low-pass or high-pass, a coin flip | 2200 to 4000 Hz, or 200 to 1200 Hz | 0.8 |
+| delay | adds an echo at half the amplitude | 200 to 500 ms in steps of 50 ms | 0.4 |
+| pitch | shifts the pitch, keeps the length | -5 to 5 semitones | 0.4 |
+| reverb | Freeverb, as sox's `reverb` in mono | reverberance, damping, room size: 0 to 100 % each | 0.4 |
+
+(The random crop comes before the chain and belongs to whoever reads the audio.) `TRANSFORMS` below holds the same
+table for the machine. In code:
+
+    chain = Chain(sample_rate)
+    draws = chain.draw(len(x), torch.Generator().manual_seed(step))   # a dict of tensors, one row per example
+    y = chain(x, draws)                                               # x: (B, 1, T) float32 on any device
+
+Drawing is apart from processing, so that a process may draw for the whole batch and take only its rows of `draws`,
+and so that every value can be logged, replayed and tested. Letters: B examples, T samples, N points of an FFT.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# ------------------------------------------------------------------------------------------------ simple transforms
+
+
+def polarity(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Invert the examples where flip (B,) is true.
+
+    >>> polarity(torch.ones(2, 1, 3), torch.tensor([True, False]))[:, 0, 0].tolist()
+    [-1.0, 1.0]
+    """
+    return x * (1 - 2 * _rows(flip, x))
+
+
+def gain(x: torch.Tensor, db: torch.Tensor) -> torch.Tensor:
+    """Change the level by db (B,) decibels.
+
+    >>> gain(torch.ones(1, 1, 3), torch.tensor([-20.0]))[0, 0, 0].item()
+    0.10000000149011612
+    """
+    return x * 10 ** (_rows(db, x) / 20)
+
+
+def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | None = None,
+          seed: torch.Tensor | None = None) -> torch.Tensor:
+    """Add white Gaussian noise at a signal-to-noise ratio of snr_db (B,) decibels, measured over the example.
+
+    Sample t of an example's noise is a function of (its seed, t) alone, so it does not depend on the batch around
+    it nor on the device. seed (B,) int64; without it, seeds are drawn from the CPU generator.
+
+    >>> noise(torch.ones(2, 1, 4), torch.tensor([80.0, 80.0]), torch.Generator().manual_seed(0)).shape
+    torch.Size([2, 1, 4])
+    """
+    if seed is None:
+        seed = torch.randint(2**62, (x.shape[0],), generator=generator)
+    flat = x.flatten(1)                                                              # (B, C T)
+    scale = flat.square().mean(1, keepdim=True).sqrt() * 10 ** (-_rows(snr_db, flat) / 20)
+    return x + (scale * _gaussian(seed.to(x.device), flat.shape[1]).to(x.dtype)).view(x.shape)
+
+
+def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: float = 0.5) -> torch.Tensor:
+    """Add to each example itself, delay_ms (B,) milliseconds later, times factor. The length stays.
+
+    >>> delay(torch.eye(1, 5)[None], torch.tensor([2.0]), sample_rate=1000).tolist()
+    [[[1.0, 0.0, 0.5, 0.0, 0.0]]]
+    """
+    shift = (delay_ms.to(x.device) * (sample_rate / 1000)).round().long().view(-1, 1)   # (B, 1) samples
+    source = torch.arange(x.shape[-1], device=x.device) - shift                         # (B, T)
+    echo = x.gather(-1, source.clamp_min(0)[:, None].expand_as(x))
+    return x + echo.mul_((source >= 0)[:, None]).mul_(factor)
+
+
+def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Per-example values (B,) in the dtype and on the device of x, shaped to broadcast over it."""
+    if values.shape != x.shape[:1]:
+        raise ValueError(f"expected one value per example, shape ({x.shape[0]},), got {tuple(values.shape)}")
+    return values.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
+    """Normal deviates (B, n) float32 from seeds (B,): splitmix64 of the position, then Box-Muller.
+
+    A generator per example would have to live on the CPU; a hash of the position is the same on every device.
+    """
+    half = (n + 1) // 2
+    z = seed[:, None] + torch.arange(1, half + 1, device=seed.device) * -7046029254386353131       # 2^64 / golden ratio
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor         # masked: >> of int64 copies the sign
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    first = (((z >> 40) & 0xFFFFFF).float() + 0.5) * 2**-24                   # in (0, 1): its logarithm stays finite
+    second = ((z & 0xFFFFFF).float() + 0.5) * 2**-24
+    radius = first.log_().mul_(-2).sqrt_()
+    angle = second.mul_(2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n]
+
+
+# ------------------------------------------------------------------------------------------------ filters
+
+
+def low_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Second-order Butterworth low-pass at cutoff_hz (B,): -3 dB there, 12 dB per octave above.
+
+    The same filter as sox's `lowpass`, torchaudio's `lowpass_biquad` and scipy's `butter(2, cutoff)`.
+
+    >>> low_pass(torch.zeros(2, 1, 100), torch.tensor([2200.0, 4000.0]), 22050).shape
+    torch.Size([2, 1, 100])
+    """
+    return _butterworth(x, cutoff_hz, torch.zeros_like(cutoff_hz, dtype=torch.bool), sample_rate)
+
+
+def high_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Second-order Butterworth high-pass at cutoff_hz (B,): -3 dB there, 12 dB per octave below.
+
+    >>> high_pass(torch.zeros(2, 1, 100), torch.tensor([200.0, 1200.0]), 22050).shape
+    torch.Size([2, 1, 100])
+    """
+    return _butterworth(x, cutoff_hz, torch.ones_like(cutoff_hz, dtype=torch.bool), sample_rate)
+
+
+def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    _check_cutoff(cutoff_hz, sample_rate)
+    def response(rows: slice, n: int) -> torch.Tensor:
+        return _butterworth_response(cutoff_hz[rows], high[rows], sample_rate, n, x.device)
+    return _filtered(x, response, sample_rate)
+
+
+def _check_cutoff(cutoff_hz: torch.Tensor, sample_rate: int) -> None:
+    if not ((cutoff_hz >= LOWEST_CUTOFF) & (cutoff_hz < sample_rate / 2)).all():
+        raise ValueError(f"expected cut-offs from {LOWEST_CUTOFF} Hz to below half the sample rate "
+                         f"({sample_rate / 2:g} Hz), got {cutoff_hz.min():g} to {cutoff_hz.max():g} Hz")
+
+
+LOWEST_CUTOFF = 20          # Hz; the longest response that the padding of the FFTs makes room for
+BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
+
+
+def _fft_size(samples: int, sample_rate: int) -> int:
+    """Points for a linear convolution with the responses used here: the slowest rings 3.2 / LOWEST_CUTOFF seconds."""
+    return 1 << (samples + math.ceil(3.2 / LOWEST_CUTOFF * sample_rate) - 1).bit_length()
+
+
+def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
+    size = size if device.type == "cpu" else max(n, 1)
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+def _filtered(x: torch.Tensor, response: Callable, sample_rate: int) -> torch.Tensor:
+    """x (B, 1, T) convolved with response(rows, n) (rows, n // 2 + 1)."""
+    n = _fft_size(x.shape[-1], sample_rate)
+    y = torch.empty_like(x)
+    for rows in _blocks(len(x), x.device):
+        spectrum = torch.fft.rfft(x[rows, 0], n).mul_(response(rows, n))
+        y[rows, 0] = torch.fft.irfft(spectrum, n)[:, :x.shape[-1]]
+    return y
+
+
+def _butterworth_response(cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int, n: int,
+                          device: torch.device) -> torch.Tensor:
+    """(B, n // 2 + 1) complex64. The bilinear transform puts the analogue prototype 1 / (1 + sqrt(2) s + s^2), or
+    s^2 times it, at s = j r with r = tan(w / 2) / tan(w_cutoff / 2): numerators and denominators stay real."""
+    corner = torch.tan(cutoff_hz.double() * (math.pi / sample_rate)).float().to(device)[:, None]
+    high = high.to(device)[:, None]
+    r = _half_tangents(n, device) / corner                                           # (B, F)
+    r2 = r * r
+    power = torch.where(high, -r2, torch.ones_like(r2)).div_(r2.square().add_(1))    # over |denominator|^2 = 1 + r^4
+    return torch.complex((1 - r2).mul_(power), (r * -math.sqrt(2)).mul_(power))
+
+
+@lru_cache(maxsize=8)
+def _half_tangents(n: int, device: torch.device) -> torch.Tensor:
+    """tan(w / 2) at the bins w of an n-point FFT, (n // 2 + 1,); finite at half the sample rate."""
+    return torch.tan(torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi / n)).clamp_(max=1e6).float().to(device)
+
+
+# ------------------------------------------------------------------------------------------------ pitch shift
+
+SEGMENT = 0.070             # s between two splices
+FADE = 0.012                # s of cross-fade at a splice
+SEARCH = 0.016              # s either way that a segment may move to match the one before it
+TAPS = 24                   # of the interpolator: at most -50 dB of images for what is kept below BAND
+BAND = 0.88                 # of half the sample rate is kept when the pitch is shifted
+
+
+def pitch_shift(x: torch.Tensor, semitones: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Shift the pitch by semitones (B,), from -12 to 12, keeping the length and the tempo.
+
+    Synchronised overlap-add: the output is laid together from segments of the input, each read at ratio
+    2^(semitones / 12) times the speed by band-limited interpolation, each placed where it continues the one before it
+    best (normalised cross-correlation), with a short cross-fade. What would alias is removed beforehand.
+
+    >>> pitch_shift(torch.zeros(2, 1, 4000), torch.tensor([-5.0, 5.0]), 22050).shape
+    torch.Size([2, 1, 4000])
+    """
+    if not (semitones.abs() <= 12).all():
+        raise ValueError(f"expected shifts from -12 to 12 semitones, got {semitones.min():g} to {semitones.max():g}")
+    ratio = 2 ** (semitones.double() / 12)
+    def response(rows: slice, n: int) -> torch.Tensor:
+        return _band_limit(ratio[rows], n, x.device)
+    return _resplice(_filtered(x, response, sample_rate), ratio, sample_rate)
+
+
+def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """(B, n // 2 + 1) real: pass what stays below half the sample rate when read at `ratio` times the speed."""
+    edge = (1 / ratio).clamp(max=BAND).float().to(device)[:, None]
+    bins = torch.arange(n // 2 + 1, device=device) * (2 / n)
+    return ((edge - bins) * (1 / (0.03 * edge))).clamp_(0, 1)
+
+
+def _resplice(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    y = torch.empty_like(x)
+    for rows in _blocks(len(x), x.device, 16):
+        y[rows, 0] = _overlap_add(x[rows, 0], ratio[rows], sample_rate)
+    return y
+
+
+def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """x (B, T), ratio (B,) float64 -> (B, T)."""
+    batch, total = x.shape
+    hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
+    segments = max(1, math.ceil(total / hop))
+    span = math.ceil((hop + fade) * float(ratio.max())) + TAPS
+    front = search + TAPS
+    padded = torch.nn.functional.pad(x, (front, span + search + hop + fade))
+    ratio = ratio.to(x.device)
+    row = torch.arange(batch, device=x.device)
+    # 1. where each segment starts in the input, one after the other: as near to its own time as the search goes
+    lags = 2 * search + 1
+    ahead = torch.round(hop * ratio).long()
+    frames = padded.unfold(1, fade, 1)
+    regions = padded.unfold(1, fade + lags - 1, 1)
+    energy = torch.nn.functional.pad(padded.double().square().cumsum(1), (1, 0))
+    start = torch.full((batch,), front, dtype=torch.long, device=x.device)
+    starts = [start]
+    # the correlation at lag 16 q + p is one small matrix product: frames 16 apart times 16 shifted templates
+    steps = -(-lags // 16)
+    for s in range(1, segments):
+        nominal = front + s * hop - search
+        template = frames[row, (start + ahead).clamp_(max=frames.shape[1] - 1)]                 # (B, fade)
+        region = regions[:, nominal]                                                           # (B, fade + lags - 1)
+        shifted = torch.nn.functional.pad(template, (15, 15)).unfold(1, fade + 15, 1).flip(1)  # (B, 16, fade + 15)
+        room = torch.nn.functional.pad(region, (0, 16 * steps + 15 - lags)).unfold(1, fade + 15, 16)   # (B, steps, fade + 15)
+        match = torch.matmul(room, shifted.transpose(1, 2)).reshape(batch, -1)[:, :lags]
+        power = (energy[:, nominal + fade:nominal + fade + lags] - energy[:, nominal:nominal + lags]).float()
+        score = match / power.clamp_min_(1e-8).sqrt_()
+        start = nominal + score.argmax(1)
+        starts.append(start)
+    starts = torch.stack(starts, 1)                                                            # (B, S)
+    # 2. read every segment at the new speed; all segments of a row share the fractions between the samples
+    length = hop + fade
+    position = torch.arange(length, device=x.device) * ratio[:, None]                          # (B, L) float64
+    whole = position.floor()
+    kernel = _kernel((position - whole).float(), x.device)                                     # (B, L, TAPS)
+    index = starts[:, :, None] + (whole.long() - (TAPS // 2 - 1))[:, None]                     # (B, S, L)
+    pieces = torch.zeros(batch, segments, length, device=x.device)
+    for tap in range(TAPS):
+        pieces.addcmul_(padded.gather(1, (index + tap).flatten(1)).view(pieces.shape), kernel[:, None, :, tap])
+    # 3. cross-fade
+    up = torch.sin(torch.linspace(0, math.pi / 2, fade, device=x.device)).square()
+    out = pieces[:, :, :hop].clone()
+    out[:, 1:, :fade] = pieces[:, 1:, :fade] * up + pieces[:, :-1, hop:] * (1 - up)
+    return out.flatten(1)[:, :total]
+
+
+def _kernel(fraction: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Weights (..., TAPS) that read a signal `fraction` after a sample: sinc under a Kaiser window."""
+    table = _kernel_table(device)
+    return table[(fraction * (len(table) - 1)).round().long()]
+
+
+@lru_cache(maxsize=4)
+def _kernel_table(device: torch.device, fractions: int = 2048) -> torch.Tensor:
+    fraction = torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
+    t = torch.arange(TAPS, dtype=torch.float64) - (TAPS // 2 - 1) - fraction
+    window = torch.special.i0(4.5 * (1 - (t / (TAPS / 2)).square()).clamp_min(0).sqrt())
+    weights = torch.sinc(t) * window
+    return (weights / weights.sum(1, keepdim=True)).float().to(device)
+
+
+# ------------------------------------------------------------------------------------------------ reverb
+
+COMBS = (1116, 1188, 1277, 1356, 1422, 1491, 1557, 1617)        # delays in samples at 44,100 Hz (Freeverb)
+ALL_PASSES = (225, 341, 441, 556)
+DECAY_DB = 70               # of the weight over the points of one FFT
+
+
+def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor,
+           sample_rate: int) -> torch.Tensor:
+    """Add the sound of a room: Freeverb with the parameters of sox's `reverb`, each (B,) from 0 to 100 %.
+
+    Freeverb is linear and time-invariant: eight damped combs in parallel, four all-passes in series. Its transfer
+    function is evaluated at the points of one FFT. Its tail is longer than the signal, so both are weighted by
+    rho^-t with rho slightly above 1, which is to evaluate on the circle of radius rho: what wraps around is then
+    70 dB down. Equal to `sox in out reverb REVERBERANCE DAMPING ROOM 0 0 0` to about 1e-4 of the wet signal.
+
+    >>> reverb(torch.zeros(1, 1, 100), *torch.tensor([[50.0], [50.0], [100.0]]), 22050).shape
+    torch.Size([1, 1, 100])
+    """
+    for name, value in (("reverberance", reverberance), ("damping", damping), ("room size", room_size)):
+        if not ((value >= 0) & (value <= 100)).all():
+            raise ValueError(f"expected {name} from 0 to 100 %, got {value.min():g} to {value.max():g}")
+    total = x.shape[-1]
+    n = 1 << max(15, (total - 1).bit_length())
+    weight = _radius_powers(n, x.device)[:total]
+    y = torch.empty_like(x)
+    for rows in _blocks(len(x), x.device):
+        response = _room(reverberance[rows], damping[rows], room_size[rows], sample_rate, n, x.device)
+        spectrum = torch.fft.rfft(x[rows, 0] * weight, n).mul_(response)
+        y[rows, 0] = torch.fft.irfft(spectrum, n)[:, :total].div_(weight).add_(x[rows, 0])
+    return y
+
+
+def _room(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int, n: int,
+          device: torch.device) -> torch.Tensor:
+    """The wet transfer function (B, n // 2 + 1) complex64 on the circle of radius rho."""
+    a = -1 / math.log(1 - 0.3)
+    b = 100 / (math.log(1 - 0.98) * a + 1)
+    feedback = 1 - torch.exp((reverberance.double() - b) / (a * b))                       # (B,)
+    d = damping.double() / 100 * 0.3 + 0.2
+    scale = (room_size.double() / 100 * 0.9 + 0.1) * (sample_rate / 44100)
+    feedback, d = feedback.float().to(device)[:, None], d.float().to(device)[:, None]
+    z1, phases, all_passes = _circle(sample_rate, n, device)
+    loop = (feedback * (1 - d)) / (1 - d * z1)                                            # (B, F)
+    bins = torch.arange(n // 2 + 1, device=device)
+    rho = DECAY_DB / 20 * math.log(10) / n                                                # log of the radius
+    total = torch.zeros_like(loop)
+    for comb in COMBS:
+        samples = torch.floor(scale * comb + 0.5)                                         # (B,)
+        z = phases[(samples.long().to(device)[:, None] * bins) & (n - 1)]
+        z *= torch.exp(-rho * samples).float().to(device)[:, None]
+        total += z / (1 - loop * z)
+    return total.mul_(all_passes)
+
+
+@lru_cache(maxsize=4)
+def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """At the bins of an n-point FFT on the circle of radius rho: z^-1 (F,); e^(-2 pi i k / n) for k < n; the four
+    all-passes and the wet gain (F,)."""
+    rho = DECAY_DB / 20 * math.log(10) / n
+    w = torch.arange(n, dtype=torch.float64) * (-2 * math.pi / n)
+    exponent = torch.complex(torch.full_like(w, -rho), w)[:n // 2 + 1]
+    all_passes = torch.full((n // 2 + 1,), 0.015, dtype=torch.complex128)
+    for samples in ALL_PASSES:
+        z = torch.exp(exponent * math.floor(samples * sample_rate / 44100 + 0.5))
+        all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
+    phases = torch.polar(torch.ones_like(w), w)
+    return tuple(t.to(device, torch.complex64) for t in (torch.exp(exponent), phases, all_passes))
+
+
+@lru_cache(maxsize=4)
+def _radius_powers(n: int, device: torch.device) -> torch.Tensor:
+    rho = DECAY_DB / 20 * math.log(10) / n
+    return torch.exp(torch.arange(n, dtype=torch.float64) * -rho).float().to(device)
+
+
+# ------------------------------------------------------------------------------------------------ the chain
+
+
+def uniform(low: float, high: float) -> Callable:
+    return lambda n, generator: low + (high - low) * torch.rand(n, generator=generator)
+
+
+def constant(value: float) -> Callable:
+    return lambda n, generator: torch.full((n,), value)
+
+
+def steps(low: float, high: float, step: float) -> Callable:
+    count = round((high - low) / step) + 1
+    return lambda n, generator: low + step * torch.randint(count, (n,), generator=generator).float()
+
+
+def coin(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, generator=generator) < 0.5
+
+
+def seeds(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2**62, (n,), generator=generator)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A row of the table: the default probability; apply(x, sample_rate, **values), on the rows it was drawn for; for
+    each value a function (n, generator) -> (n,) that draws it, and its unit."""
+    probability: float
+    apply: Callable
+    values: dict[str, Callable] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+
+
+def _filter(x, sample_rate, high, low_pass_hz, high_pass_hz):
+    return _butterworth(x, torch.where(high, high_pass_hz, low_pass_hz), high, sample_rate)
+
+
+# Order, ranges and default probabilities of the paper (section 3.1; Figure 3 for the probabilities).
+TRANSFORMS = {
+    "polarity": Transform(0.8, lambda x, sample_rate: -x),
+    "noise": Transform(0.01, lambda x, sample_rate, snr_db, seed: noise(x, snr_db, seed=seed),
+                       {"snr_db": constant(80), "seed": seeds}, {"snr_db": "dB"}),
+    "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": uniform(-6, 0)}, {"db": "dB"}),
+    "filter": Transform(0.8, _filter,
+                        {"high": coin, "low_pass_hz": uniform(2200, 4000), "high_pass_hz": uniform(200, 1200)},
+                        {"low_pass_hz": "Hz", "high_pass_hz": "Hz"}),
+    "delay": Transform(0.4, lambda x, sample_rate, ms: delay(x, ms, sample_rate),
+                       {"ms": steps(200, 500, 50)}, {"ms": "ms"}),
+    "pitch": Transform(0.4, lambda x, sample_rate, semitones: pitch_shift(x, semitones, sample_rate),
+                       {"semitones": uniform(-5, 5)}, {"semitones": "semitones"}),
+    "reverb": Transform(0.4, lambda x, sample_rate, reverberance, damping, room_size:
+                        reverb(x, reverberance, damping, room_size, sample_rate),
+                        {"reverberance": uniform(0, 100), "damping": uniform(0, 100), "room_size": uniform(0, 100)},
+                        {"reverberance": "%", "damping": "%", "room_size": "%"}),
+}
+
+
+class Chain:
+    """The transforms one after the other, each on the examples it was drawn for.
+
+    Args:
+        sample_rate: of the audio, in Hz.
+        transforms: names from the table (a sequence, always applied in the table's order); all by default.
+        probability: {name: probability} that replaces the table's.
+        table: name -> Transform; TRANSFORMS by default.
+
+    Raises ValueError for a name that is not in the table and for a probability outside 0 to 1.
+
+    >>> chain = Chain(22050, probability={"noise": 1})
+    >>> draws = chain.draw(4, torch.Generator().manual_seed(0))
+    >>> draws["noise"].tolist(), draws["pitch.semitones"].shape
+    ([True, True, True, True], torch.Size([4]))
+    >>> chain(torch.zeros(4, 1, 1000), draws).shape
+    torch.Size([4, 1, 1000])
+    """
+
+    def __init__(self, sample_rate: int, transforms=None, probability: dict[str, float] | None = None, table=None):
+        table = TRANSFORMS if table is None else table
+        names = list(table) if transforms is None else list(transforms)
+        probability = dict(probability or {})
+        for name in [*names, *probability]:
+            if name not in table:
+                raise ValueError(f"expected transforms among {', '.join(table)}, got {name!r}")
+        for name, p in probability.items():
+            if not 0 <= p <= 1:
+                raise ValueError(f"expected a probability from 0 to 1 for {name}, got {p}")
+        self.sample_rate = sample_rate
+        self.transforms = {name: table[name] for name in table if name in names}
+        self.probability = {name: probability.get(name, t.probability) for name, t in self.transforms.items()}
+
+    def draw(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Decisions and values for `batch` examples from a CPU generator: {"pitch": (B,) bool, "pitch.semitones":
+        (B,) float32, ...}. Values are drawn for every example, so they do not depend on the probabilities."""
+        draws = {}
+        for name, transform in self.transforms.items():
+            draws[name] = torch.rand(batch, generator=generator) < self.probability[name]
+            for key, draw in transform.values.items():
+                draws[f"{name}.{key}"] = draw(batch, generator)
+        return draws
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        """x (B, 1, T) float32 -> the same shape; x itself is not changed. Rows do not depend on each other."""
+        if x.dim() != 3 or x.shape[1] != 1:
+            raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
+        y = x.clone()
+        for name, transform in self.transforms.items():
+            if draws[name].shape != x.shape[:1]:
+                raise ValueError(f"expected draws for {x.shape[0]} examples, got {draws[name].shape[0]} for {name}")
+            rows = draws[name].nonzero().flatten()
+            if len(rows):
+                values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
+                y[rows.to(y.device)] = transform.apply(y[rows.to(y.device)], self.sample_rate, **values)
+        return y
+
+
+# ------------------------------------------------------------------------------------------------ listening
+
+
+def describe(chain: Chain, draws: dict[str, torch.Tensor], row: int = 0) -> list[str]:
+    """One line per transform that was drawn for this row, with its values and units."""
+    lines = []
+    for name, transform in chain.transforms.items():
+        if draws[name][row]:
+            values = []
+            for key in transform.values:
+                value = draws[f"{name}.{key}"][row].item()
+                number = f"{value:.4g}" if isinstance(value, float) else str(value)
+                values.append(f"{key} {number} {transform.units.get(key, '')}".strip())
+            lines.append(f"  {name}: {', '.join(values) or 'on'}")
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="augment.py", usage="augment.py FILE [--out DIR] [--seconds S] [--seed N]",
+                                     description="Hear each augmentation alone and three full chains.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    data = parser.add_argument_group("data")
+    data.add_argument("file", metavar="FILE", type=Path, help="a recording in any format that libsndfile reads")
+    data.add_argument("--seconds", type=float, default=30.0, help="how much of the recording's beginning to use")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, default=Path("listen"), help="folder for the wav files and the picture")
+    run.add_argument("--seed", type=int, default=0, help="of the values drawn")
+    return parser
+
+
+def _spectrograms(path: Path, sounds: dict[str, torch.Tensor], sample_rate: int) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    size = 1 << round(math.log2(sample_rate * 0.046))                                    # about 46 ms
+    rows = math.ceil(len(sounds) / 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
+    for axis in axes.flat[len(sounds):]:
+        axis.axis("off")
+    for axis, (name, sound) in zip(axes.flat, sounds.items()):
+        power = torch.stft(sound, size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
+        level = 20 * torch.log10(power / size + 1e-6)
+        axis.imshow(level, origin="lower", aspect="auto", vmin=-100, vmax=-20, cmap="magma",
+                    extent=(0, len(sound) / sample_rate, 0, sample_rate / 2000))
+        axis.set_title(name, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("kHz")
+    for axis in axes[-1]:
+        axis.set_xlabel("s")
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: list[str] | None = None) -> int:
+    import soundfile
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.file.is_file():
+        parser.error(f"expected a recording, got {args.file}, which is not a file")
+    if args.seconds <= 0:
+        parser.error(f"expected --seconds above 0, got {args.seconds:g}")
+    try:
+        with soundfile.SoundFile(args.file) as f:
+            sample_rate = f.samplerate
+            audio = torch.from_numpy(f.read(int(args.seconds * sample_rate), dtype="float32", always_2d=True))
+        x = audio.mean(1)[None, None]                                                    # (1, 1, T)
+        if not x.shape[-1]:
+            raise ValueError(f"expected audio in {args.file}, got an empty recording")
+        args.out.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(args.seed)
+        sounds = {"original": x[0, 0]}
+        chains = {name: Chain(sample_rate, [name], {name: 1.0}) for name in TRANSFORMS}
+        chains |= {f"chain-{i}": Chain(sample_rate) for i in (1, 2, 3)}
+        for name, chain in chains.items():
+            draws = chain.draw(1, generator)
+            sounds[name] = chain(x, draws)[0, 0]
+            print(f"{args.out / name}.wav", *describe(chain, draws) or ["  nothing drawn"], sep="\n")
+        for name, sound in sounds.items():
+            # one factor for all, so that levels can be compared and nothing clips
+            peak = max(1.0, max(s.abs().max().item() for s in sounds.values()))
+            soundfile.write(args.out / f"{name}.wav", (sound / peak).numpy(), sample_rate)
+        _spectrograms(args.out / "spectrograms.png", sounds, sample_rate)
+        print(f"{args.out / 'spectrograms.png'}: before and after")
+    except (ValueError, OSError, soundfile.LibsndfileError) as error:
+        print(f"augment.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
