@@ -194,8 +194,9 @@ def _half_tangents(n: int, device: torch.device) -> torch.Tensor:
 
 SEGMENT = 0.070             # s between two splices
 FADE = 0.012                # s of cross-fade at a splice
-SEARCH = 0.016              # s either way that a segment may move to match the one before it
+SEARCH = 0.010              # s either way that a segment may move to match the one before it
 TAPS = 24                   # of the interpolator: at most -50 dB of images for what is kept below BAND
+GROUP = 16                  # outputs that the interpolator computes in one matrix product
 BAND = 0.88                 # of half the sample rate is kept when the pitch is shifted
 
 
@@ -236,24 +237,27 @@ def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torc
     batch, total = x.shape
     hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
     segments = max(1, math.ceil(total / hop))
-    span = math.ceil((hop + fade) * float(ratio.max())) + TAPS
+    reach = math.ceil((hop + fade + GROUP) * float(ratio.max())) + 2 * TAPS + GROUP
     front = search + TAPS
-    padded = torch.nn.functional.pad(x, (front, span + search + hop + fade))
+    padded = torch.nn.functional.pad(x, (front, reach + search + hop + fade))
     ratio = ratio.to(x.device)
     row = torch.arange(batch, device=x.device)
     # 1. where each segment starts in the input, one after the other: as near to its own time as the search goes
     lags = 2 * search + 1
-    ahead = torch.round(hop * ratio).long()
     frames = padded.unfold(1, fade, 1)
     regions = padded.unfold(1, fade + lags - 1, 1)
     energy = torch.nn.functional.pad(padded.double().square().cumsum(1), (1, 0))
     start = torch.full((batch,), front, dtype=torch.long, device=x.device)
-    starts = [start]
+    starts, rest = [start], torch.zeros_like(ratio)
     # the correlation at lag 16 q + p is one small matrix product: frames 16 apart times 16 shifted templates
     steps = -(-lags // 16)
     for s in range(1, segments):
         nominal = front + s * hop - search
-        template = frames[row, (start + ahead).clamp_(max=frames.shape[1] - 1)]                 # (B, fade)
+        # what rounding to whole samples leaves is carried on: dropped, it would be a drift, heard as a pitch error
+        rest = rest + start + hop * ratio                                                      # where it would go on
+        ahead = rest.round()
+        rest = rest - ahead
+        template = frames[row, ahead.long().clamp_(max=frames.shape[1] - 1)]                   # (B, fade)
         region = regions[:, nominal]                                                           # (B, fade + lags - 1)
         shifted = torch.nn.functional.pad(template, (15, 15)).unfold(1, fade + 15, 1).flip(1)  # (B, 16, fade + 15)
         room = torch.nn.functional.pad(region, (0, 16 * steps + 15 - lags)).unfold(1, fade + 15, 16)   # (B, steps, fade + 15)
@@ -263,17 +267,24 @@ def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torc
         start = nominal + score.argmax(1)
         starts.append(start)
     starts = torch.stack(starts, 1)                                                            # (B, S)
-    # 2. read every segment at the new speed; all segments of a row share the fractions between the samples
+    # 2. read every segment at the new speed. All segments of a row share the fractions between the samples, so that
+    #    GROUP neighbouring outputs of all segments are one matrix product with one small banded matrix
     length = hop + fade
-    position = torch.arange(length, device=x.device) * ratio[:, None]                          # (B, L) float64
+    groups = -(-length // GROUP)
+    position = torch.arange(groups * GROUP, device=x.device) * ratio[:, None]                  # (B, K G) float64
     whole = position.floor()
-    kernel = _kernel((position - whole).float(), x.device)                                     # (B, L, TAPS)
-    index = starts[:, :, None] + (whole.long() - (TAPS // 2 - 1))[:, None]                     # (B, S, L)
-    pieces = torch.zeros(batch, segments, length, device=x.device)
-    for tap in range(TAPS):
-        pieces.addcmul_(padded.gather(1, (index + tap).flatten(1)).view(pieces.shape), kernel[:, None, :, tap])
+    kernel = _kernel((position - whole).float(), x.device)                                     # (B, K G, TAPS)
+    whole = whole.long().view(batch, groups, GROUP)
+    base = whole[:, :, :1]                                                                     # (B, K, 1)
+    span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
+    column = (whole - base)[..., None] + torch.arange(TAPS, device=x.device)                   # (B, K, G, TAPS)
+    band = torch.zeros(batch, groups, GROUP, span, device=x.device).scatter_(3, column, kernel.view(column.shape))
+    index = starts[:, None, :] + (base - (TAPS // 2 - 1))                                      # (B, K, S)
+    windows = padded.unfold(1, span, 1)[row[:, None, None], index]                             # (B, K, S, span)
+    pieces = torch.matmul(windows, band.transpose(2, 3))                                       # (B, K, S, G)
+    pieces = pieces.transpose(1, 2).reshape(batch, segments, groups * GROUP)[:, :, :length]
     # 3. cross-fade
-    up = torch.sin(torch.linspace(0, math.pi / 2, fade, device=x.device)).square()
+    up = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
     out = pieces[:, :, :hop].clone()
     out[:, 1:, :fade] = pieces[:, 1:, :fade] * up + pieces[:, :-1, hop:] * (1 - up)
     return out.flatten(1)[:, :total]
