@@ -82,10 +82,13 @@ def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: flo
     >>> delay(torch.eye(1, 5)[None], torch.tensor([2.0]), sample_rate=1000).tolist()
     [[[1.0, 0.0, 0.5, 0.0, 0.0]]]
     """
-    shift = (delay_ms.to(x.device) * (sample_rate / 1000)).round().long().view(-1, 1)   # (B, 1) samples
-    source = torch.arange(x.shape[-1], device=x.device) - shift                         # (B, T)
-    echo = x.gather(-1, source.clamp_min(0)[:, None].expand_as(x))
-    return x + echo.mul_((source >= 0)[:, None]).mul_(factor)
+    shift = (delay_ms * (sample_rate / 1000)).round().long()
+    if not (shift >= 0).all():
+        raise ValueError(f"expected delays of 0 ms or more, got {delay_ms.min():g} ms")
+    longest = int(shift.max()) if len(shift) else 0
+    late = torch.nn.functional.pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)         # (B, longest + 1, T), a view
+    rows = torch.arange(len(x), device=x.device)
+    return torch.add(x, late[rows, (longest - shift).to(x.device)][:, None], alpha=factor)
 
 
 def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -136,58 +139,54 @@ def high_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> tor
 
 
 def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    _check_cutoff(cutoff_hz, sample_rate)
-    def response(rows: slice, n: int) -> torch.Tensor:
-        return _butterworth_response(cutoff_hz[rows], high[rows], sample_rate, n, x.device)
-    return _filtered(x, response, sample_rate)
+    """The recursion in blocks: inside a block of P samples it is a product with a triangular matrix of the impulse
+    response; from block to block only one complex number per example is handed on."""
+    if not ((cutoff_hz > 0) & (cutoff_hz < sample_rate / 2)).all():
+        raise ValueError(f"expected cut-offs above 0 Hz and below half the sample rate ({sample_rate / 2:g} Hz), "
+                         f"got {cutoff_hz.min():g} to {cutoff_hz.max():g} Hz")
+    # bilinear transform of 1 / (s^2 + sqrt(2) s + 1), times s^2 for the high-pass, as
+    # H(z) = direct + residue / (1 - pole / z) + its conjugate
+    corner = torch.tan(cutoff_hz.double() * (math.pi / sample_rate))
+    prototype = corner * complex(-1, 1) / math.sqrt(2)                                 # s of the pole
+    pole = (1 + prototype) / (1 - prototype)
+    lead = torch.where(high, 1.0, corner.square()) / (1 + math.sqrt(2) * corner + corner.square())
+    zero = torch.where(high, 1.0, -1.0)                                                # twice, at z = 1 or z = -1
+    residue = lead * (pole - zero).square() / (pole * (pole - pole.conj()))
+    direct = lead / pole.abs().square()
+    powers = pole[:, None] ** torch.arange(FILTER_BLOCK + 1)                           # (B, P + 1)
+    impulse = 2 * (residue[:, None] * powers).real                                     # (B, P + 1)
+    impulse[:, 0] += direct
+    after = 2 * residue[:, None] * powers[:, 1:]                                       # what a block owes to the state before
+    pad = torch.nn.functional.pad(impulse[:, :-1], (FILTER_BLOCK - 1, 0))
+    device, dtype = x.device, x.dtype
+    inside = pad.to(device, dtype).unfold(1, FILTER_BLOCK, 1).flip(1)                  # (B, P, P): [j, i] = h[i - j]
+    owed = torch.stack([after.real, -after.imag], 1).to(device, dtype)                 # (B, 2, P)
+    left = torch.view_as_real(powers[:, :-1].flip(1)).to(device, dtype)                # (B, P, 2)
+    carry = powers[:, -1]
+    total, count = x.shape[-1], -(-x.shape[-1] // FILTER_BLOCK)
+    y = torch.empty_like(x)
+    for rows in _blocks(len(x), device):
+        blocks = torch.nn.functional.pad(x[rows, 0], (0, count * FILTER_BLOCK - total)).view(-1, count, FILTER_BLOCK)
+        state = torch.view_as_complex(torch.bmm(blocks, left[rows]))                   # (B, M) left over by each block
+        factor, step = carry[rows, None], 1
+        while step < count:                                                            # an inclusive scan by doubling
+            # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
+            kept = torch.where(factor.abs() > 1e-30, factor, 0).to(state.device, state.dtype)
+            state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], kept, state[:, :-step])], 1)
+            factor, step = factor.square(), 2 * step
+        before = torch.view_as_real(torch.nn.functional.pad(state[:, :-1], (1, 0)))    # (B, M, 2)
+        out = torch.baddbmm(torch.bmm(blocks, inside[rows]), before, owed[rows])
+        y[rows, 0] = out.flatten(1)[:, :total]
+    return y
 
 
-def _check_cutoff(cutoff_hz: torch.Tensor, sample_rate: int) -> None:
-    if not ((cutoff_hz >= LOWEST_CUTOFF) & (cutoff_hz < sample_rate / 2)).all():
-        raise ValueError(f"expected cut-offs from {LOWEST_CUTOFF} Hz to below half the sample rate "
-                         f"({sample_rate / 2:g} Hz), got {cutoff_hz.min():g} to {cutoff_hz.max():g} Hz")
-
-
-LOWEST_CUTOFF = 20          # Hz; the longest response that the padding of the FFTs makes room for
+FILTER_BLOCK = 64
 BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
-
-
-def _fft_size(samples: int, sample_rate: int) -> int:
-    """Points for a linear convolution with the responses used here: the slowest rings 3.2 / LOWEST_CUTOFF seconds."""
-    return 1 << (samples + math.ceil(3.2 / LOWEST_CUTOFF * sample_rate) - 1).bit_length()
 
 
 def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
     size = size if device.type == "cpu" else max(n, 1)
-    return [slice(i, i + size) for i in range(0, n, size)]
-
-
-def _filtered(x: torch.Tensor, response: Callable, sample_rate: int) -> torch.Tensor:
-    """x (B, 1, T) convolved with response(rows, n) (rows, n // 2 + 1)."""
-    n = _fft_size(x.shape[-1], sample_rate)
-    y = torch.empty_like(x)
-    for rows in _blocks(len(x), x.device):
-        spectrum = torch.fft.rfft(x[rows, 0], n).mul_(response(rows, n))
-        y[rows, 0] = torch.fft.irfft(spectrum, n)[:, :x.shape[-1]]
-    return y
-
-
-def _butterworth_response(cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int, n: int,
-                          device: torch.device) -> torch.Tensor:
-    """(B, n // 2 + 1) complex64. The bilinear transform puts the analogue prototype 1 / (1 + sqrt(2) s + s^2), or
-    s^2 times it, at s = j r with r = tan(w / 2) / tan(w_cutoff / 2): numerators and denominators stay real."""
-    corner = torch.tan(cutoff_hz.double() * (math.pi / sample_rate)).float().to(device)[:, None]
-    high = high.to(device)[:, None]
-    r = _half_tangents(n, device) / corner                                           # (B, F)
-    r2 = r * r
-    power = torch.where(high, -r2, torch.ones_like(r2)).div_(r2.square().add_(1))    # over |denominator|^2 = 1 + r^4
-    return torch.complex((1 - r2).mul_(power), (r * -math.sqrt(2)).mul_(power))
-
-
-@lru_cache(maxsize=8)
-def _half_tangents(n: int, device: torch.device) -> torch.Tensor:
-    """tan(w / 2) at the bins w of an n-point FFT, (n // 2 + 1,); finite at half the sample rate."""
-    return torch.tan(torch.arange(n // 2 + 1, dtype=torch.float64) * (math.pi / n)).clamp_(max=1e6).float().to(device)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 # ------------------------------------------------------------------------------------------------ pitch shift
@@ -213,9 +212,25 @@ def pitch_shift(x: torch.Tensor, semitones: torch.Tensor, sample_rate: int) -> t
     if not (semitones.abs() <= 12).all():
         raise ValueError(f"expected shifts from -12 to 12 semitones, got {semitones.min():g} to {semitones.max():g}")
     ratio = 2 ** (semitones.double() / 12)
-    def response(rows: slice, n: int) -> torch.Tensor:
-        return _band_limit(ratio[rows], n, x.device)
-    return _resplice(_filtered(x, response, sample_rate), ratio, sample_rate)
+    n = _fft_size(x.shape[-1] + sample_rate // 50)                              # the band limit rings for under 20 ms
+    y = torch.empty_like(x)
+    for rows in _blocks(len(x), x.device, 2 * BLOCK):
+        band = _rfft(x[rows, 0], n).mul_(_band_limit(ratio[rows], n, x.device))
+        y[rows, 0] = _overlap_add(_irfft(band, n)[:, :x.shape[-1]], ratio[rows], sample_rate)
+    return y
+
+
+def _fft_size(samples: int) -> int:
+    return 1 << max(15, (samples - 1).bit_length())
+
+
+def _rfft(x: torch.Tensor, n: int) -> torch.Tensor:
+    """MKL transforms a single row by another and slower algorithm, which would also round differently."""
+    return torch.fft.rfft(x.expand(2, -1), n)[:1] if len(x) == 1 else torch.fft.rfft(x, n)
+
+
+def _irfft(x: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.fft.irfft(x.expand(2, -1), n)[:1] if len(x) == 1 else torch.fft.irfft(x, n)
 
 
 def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
@@ -223,13 +238,6 @@ def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tens
     edge = (1 / ratio).clamp(max=BAND).float().to(device)[:, None]
     bins = torch.arange(n // 2 + 1, device=device) * (2 / n)
     return ((edge - bins) * (1 / (0.03 * edge))).clamp_(0, 1)
-
-
-def _resplice(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    y = torch.empty_like(x)
-    for rows in _blocks(len(x), x.device, 16):
-        y[rows, 0] = _overlap_add(x[rows, 0], ratio[rows], sample_rate)
-    return y
 
 
 def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
@@ -244,20 +252,21 @@ def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torc
     row = torch.arange(batch, device=x.device)
     # 1. where each segment starts in the input, one after the other: as near to its own time as the search goes
     lags = 2 * search + 1
-    frames = padded.unfold(1, fade, 1)
+    frames = padded.unfold(1, fade + TAPS - 1, 1)
     regions = padded.unfold(1, fade + lags - 1, 1)
     energy = torch.nn.functional.pad(padded.double().square().cumsum(1), (1, 0))
     start = torch.full((batch,), front, dtype=torch.long, device=x.device)
-    starts, rest = [start], torch.zeros_like(ratio)
+    starts = [start]
     # the correlation at lag 16 q + p is one small matrix product: frames 16 apart times 16 shifted templates
     steps = -(-lags // 16)
     for s in range(1, segments):
-        nominal = front + s * hop - search
-        # what rounding to whole samples leaves is carried on: dropped, it would be a drift, heard as a pitch error
-        rest = rest + start + hop * ratio                                                      # where it would go on
-        ahead = rest.round()
-        rest = rest - ahead
-        template = frames[row, ahead.long().clamp_(max=frames.shape[1] - 1)]                   # (B, fade)
+        nominal = front + s * hop - search                                                     # of the first lag
+        # the template is what would come next, read between the samples: rounded, it would be heard as jitter
+        ahead = start + hop * ratio
+        whole = ahead.floor()
+        near = frames[row, (whole.long() - (TAPS // 2 - 1)).clamp_(max=frames.shape[1] - 1)]                       # (B, fade + TAPS - 1)
+        kernel = _kernel((ahead - whole).float(), x.device)
+        template = torch.bmm(near.unfold(1, TAPS, 1), kernel[:, :, None])[..., 0]              # (B, fade)
         region = regions[:, nominal]                                                           # (B, fade + lags - 1)
         shifted = torch.nn.functional.pad(template, (15, 15)).unfold(1, fade + 15, 1).flip(1)  # (B, 16, fade + 15)
         room = torch.nn.functional.pad(region, (0, 16 * steps + 15 - lags)).unfold(1, fade + 15, 16)   # (B, steps, fade + 15)
@@ -328,51 +337,82 @@ def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, r
         if not ((value >= 0) & (value <= 100)).all():
             raise ValueError(f"expected {name} from 0 to 100 %, got {value.min():g} to {value.max():g}")
     total = x.shape[-1]
-    n = 1 << max(15, (total - 1).bit_length())
+    n = _fft_size(total)
     weight = _radius_powers(n, x.device)[:total]
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device):
-        response = _room(reverberance[rows], damping[rows], room_size[rows], sample_rate, n, x.device)
-        spectrum = torch.fft.rfft(x[rows, 0] * weight, n).mul_(response)
-        y[rows, 0] = torch.fft.irfft(spectrum, n)[:, :total].div_(weight).add_(x[rows, 0])
+        spectrum = _rfft(x[rows, 0] * weight, n)
+        room = _room_factors(reverberance[rows], damping[rows], room_size[rows], sample_rate, n, x.device)
+        for row in _blocks(len(spectrum), x.device, 1):
+            spectrum[row] *= _room_response(*(factor[row] for factor in room), _all_passes(sample_rate, n, x.device))
+        y[rows, 0] = torch.addcdiv(x[rows, 0], _irfft(spectrum, n)[:, :total], weight)
     return y
 
 
-def _room(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int, n: int,
-          device: torch.device) -> torch.Tensor:
-    """The wet transfer function (B, n // 2 + 1) complex64 on the circle of radius rho."""
+def _room_factors(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int, n: int,
+                  device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What the transfer function of a room is made of, at bin COLUMNS a + b of an n-point FFT: loop gain (B, 1, 1),
+    loop filter 1 - d / z (B, A, COLUMNS), and the delay of each comb, loop gain included, as an outer product
+    (B, 8, A, 1) x (B, 8, 1, COLUMNS)."""
     a = -1 / math.log(1 - 0.3)
     b = 100 / (math.log(1 - 0.98) * a + 1)
-    feedback = 1 - torch.exp((reverberance.double() - b) / (a * b))                       # (B,)
+    feedback = 1 - torch.exp((reverberance.double() - b) / (a * b))                          # (B,)
     d = damping.double() / 100 * 0.3 + 0.2
+    loop = (feedback * (1 - d))[:, None, None]
     scale = (room_size.double() / 100 * 0.9 + 0.1) * (sample_rate / 44100)
-    feedback, d = feedback.float().to(device)[:, None], d.float().to(device)[:, None]
-    z1, phases, all_passes = _circle(sample_rate, n, device)
-    loop = (feedback * (1 - d)) / (1 - d * z1)                                            # (B, F)
-    bins = torch.arange(n // 2 + 1, device=device)
-    rho = DECAY_DB / 20 * math.log(10) / n                                                # log of the radius
-    total = torch.zeros_like(loop)
-    for comb in COMBS:
-        samples = torch.floor(scale * comb + 0.5)                                         # (B,)
-        z = phases[(samples.long().to(device)[:, None] * bins) & (n - 1)]
-        z *= torch.exp(-rho * samples).float().to(device)[:, None]
-        total += z / (1 - loop * z)
-    return total.mul_(all_passes)
+    samples = torch.floor(scale[:, None] * torch.tensor(COMBS) + 0.5)[:, :, None]            # (B, 8, 1)
+    decay = loop * torch.exp(samples * (-DECAY_DB / 20 * math.log(10) / n))                  # rho^-D and the loop gain
+    samples, phases = samples.long().to(device), _phases(n, device)
+    fine = phases[(samples * torch.arange(COLUMNS, device=device)) % n] * decay.float().to(device)
+    coarse = phases[(samples * torch.arange(0, n // 2 + 1, COLUMNS, device=device)) % n]     # (B, 8, A)
+    loop_filter = 1 - d.float().to(device)[:, None, None] * _one_sample(n, device)
+    return loop.float().to(device), loop_filter, coarse[..., None], fine[:, :, None]
+
+
+def _room_response(loop: torch.Tensor, loop_filter: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor,
+                   all_passes: torch.Tensor) -> torch.Tensor:
+    """The wet transfer function (B, n // 2 + 1).
+
+    With f = 1 - d / z, a comb is z^-D / (1 - loop / f z^-D) = (f / (f - loop z^-D) - 1) f / loop: the eight share
+    all but a sum of eight reciprocals.
+    """
+    combs = torch.addcmul(loop_filter[:, None], coarse, fine, value=-1).reciprocal_().sum(1)     # (B, A, COLUMNS)
+    return combs.mul_(loop_filter).sub_(len(COMBS)).mul_(loop_filter).mul_(all_passes).div_(loop).flatten(1)[:, :1 - COLUMNS]
+
+
+COLUMNS = 256
 
 
 @lru_cache(maxsize=4)
-def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """At the bins of an n-point FFT on the circle of radius rho: z^-1 (F,); e^(-2 pi i k / n) for k < n; the four
-    all-passes and the wet gain (F,)."""
-    rho = DECAY_DB / 20 * math.log(10) / n
-    w = torch.arange(n, dtype=torch.float64) * (-2 * math.pi / n)
-    exponent = torch.complex(torch.full_like(w, -rho), w)[:n // 2 + 1]
-    all_passes = torch.full((n // 2 + 1,), 0.015, dtype=torch.complex128)
+def _phases(n: int, device: torch.device) -> torch.Tensor:
+    """e^(-2 pi i k / n), (n,) complex64."""
+    return _unit(torch.arange(n) / n).to(device)
+
+
+def _unit(turns: torch.Tensor) -> torch.Tensor:
+    w = turns.double() * (-2 * math.pi)
+    return torch.polar(torch.ones_like(w), w).to(torch.complex64)
+
+
+@lru_cache(maxsize=4)
+def _one_sample(n: int, device: torch.device) -> torch.Tensor:
+    """z^-1 at the bins of an n-point FFT on the circle of radius rho, (A, COLUMNS) complex64."""
+    return torch.exp(_exponent(n)).to(device, torch.complex64)
+
+
+def _exponent(n: int) -> torch.Tensor:
+    bins = torch.arange((n // 2 // COLUMNS + 1) * COLUMNS, dtype=torch.float64).view(-1, COLUMNS)
+    return torch.complex(torch.full_like(bins, -DECAY_DB / 20 * math.log(10) / n), bins * (-2 * math.pi / n))
+
+
+@lru_cache(maxsize=4)
+def _all_passes(sample_rate: int, n: int, device: torch.device) -> torch.Tensor:
+    """The four all-passes and the wet gain, (A, COLUMNS) complex64: the same for every room."""
+    response = torch.full((n // 2 // COLUMNS + 1, COLUMNS), 0.015, dtype=torch.complex128)
     for samples in ALL_PASSES:
-        z = torch.exp(exponent * math.floor(samples * sample_rate / 44100 + 0.5))
-        all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
-    phases = torch.polar(torch.ones_like(w), w)
-    return tuple(t.to(device, torch.complex64) for t in (torch.exp(exponent), phases, all_passes))
+        z = torch.exp(_exponent(n) * math.floor(samples * sample_rate / 44100 + 0.5))
+        response *= (1.5 * z - 1) / (1 - 0.5 * z)
+    return response.to(device, torch.complex64)
 
 
 @lru_cache(maxsize=4)
