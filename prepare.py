@@ -1,30 +1,34 @@
-"""Turn any collection of recordings into one prepared folder that trains at the speed of memory.
+"""Turn a collection of recordings into one prepared folder that trains at the speed of memory.
 
-    python prepare.py --data demo                                             # the music in this repository, seconds
-    python prepare.py --data folder --root ~/music --name mine                # any folder of audio, for pre-training
-    python prepare.py --data folder --root ~/music --labels tags.csv --name mine        # ... with tags and splits
-    python prepare.py --data mtat --root ~/magnatagatune                      # a published data set, its published split
-    python prepare.py --check mine                                            # is data/mine still what was written?
+    python prepare.py --data demo                                                # the music in this repository, seconds
+    python prepare.py --data folder --root ~/music --name mine                   # any folder of audio, for pre-training
+    python prepare.py --data folder --root ~/music --labels tags.csv --name mine # with tags and splits, for evaluation
+    python prepare.py --data mtat --root ~/magnatagatune --download              # a published data set, its own split
+    python prepare.py --data msd --root ~/msd --dry-run                          # hours and bytes, before the work
+    python prepare.py --data msd --root ~/msd --shard 2/4                        # a quarter on each of four machines, then
+    python prepare.py --merge data/msd.shard-*-of-4 --name msd                   # ... the same bytes as from one machine
+    python prepare.py --check mine                                               # is data/mine still what was written?
 
-Leaves behind `data/NAME/`:
+Leaves `data/NAME/`, until it is complete as `data/NAME.partial/`; an interrupted run continues there:
     audio.npy   int16, 1-D: every clip's samples back to back, mono (memory-mapped, never loaded whole)
-    clips.npz   start, length (int64, samples), split (uint8: 0 train, 1 valid, 2 test), group (int64: the song),
-                labels (uint8, N x K), id (str), sha256 (uint8, N x 32: of the clip's samples)
+    clips.npz   start, length (int64, samples), split (uint8: 0 train, 1 valid, 2 test), group (int64: the song), labels
+                (uint8, N x K), id (str), sha256 (uint8, N x 32: of the samples), and of the file rate, peak, clipped
     meta.json   name, sample_rate, task (multilabel, singlelabel, none), tags in order, clips / songs / hours per split,
                 skipped [{file, reason}], report, fingerprint, the command that made it
-Until all is done it stands in `data/NAME.partial/`; an interrupted run continues there, and ends with the same bytes.
 
-A file becomes a clip as it is: decoded, averaged to mono, resampled to 22,050 Hz (section 3.3 of the paper). Nothing is
-skipped in silence: each file that cannot be used is listed with its reason, and too many of them are an error.
+A file becomes a clip as it is: decoded, averaged to mono, resampled (section 3.3 of the paper). Nothing is lost in
+silence: each file that cannot be used is listed with its reason, and too many of them are an error.
 """
 
 import argparse
 import csv
+import gzip
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,65 +46,69 @@ import torchaudio
 from tqdm import tqdm
 
 try:
-    import fcntl  # POSIX: the lock that keeps two runs out of one folder
+    import fcntl  # POSIX only: the lock that keeps two runs out of one folder
 except ImportError:
     fcntl = None
 
 SAMPLE_RATE = 22050  # Hz, section 3.3; stands only here, then in the data's meta, then in the checkpoint
 SPLITS = ("train", "valid", "test")
 FULL_SCALE = 32768  # int16 sample = waveform x 32768
-FORMAT = 1
-AUDIO = {f".{name.lower()}" for name in soundfile.available_formats()} | {
-    ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".aif", ".aifc", ".snd", ".m4a", ".aac", ".wma", ".mp4", ".ape", ".wv"}
-AUDIO -= {".raw", ".mat4", ".mat5"}
+AUDIO = set(".wav .wave .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .m4a .aac .wma".split())
 HERE = Path(__file__).resolve().parent
+COLUMNS = {"length": np.int64, "split": np.uint8, "group": np.int64, "labels": np.uint8, "id": str, "sha256": np.uint8,
+           "rate": np.int32, "peak": np.float32, "clipped": np.float32}  # of clips.npz, and start
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 def decode(path, sample_rate=SAMPLE_RATE):
-    """Decode one file to mono.
-
-    Args:
-        path: any format that libsndfile reads (wav, flac, ogg, opus, mp3, aiff, ...), any rate, any number of channels.
-        sample_rate (int): the rate to return, in Hz.
+    """Decode one file, of any format that libsndfile reads, any rate, any number of channels.
 
     Returns:
-        torch.Tensor: (T,) float32 in [-1, 1], the mean of the channels. A file that overshoots is scaled to a peak of 1.
+        torch.Tensor: (T,) float32 in [-1, 1] at `sample_rate` (Hz): the mean of the channels. What a lossy codec lets
+        overshoot full scale is turned down to a peak of 1, not distorted.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not audio, no samples, cut off, or NaN or infinite samples; the message says which.
+        ValueError: no audio, no samples, cut off, or samples that are NaN or infinite; the message says which.
     """
     return load(path, sample_rate)[0]
 
 
 def load(path, sample_rate):
-    """`decode`, and the rate the file had: returns (waveform (T,) float32, source rate in Hz)."""
+    """`decode`, and facts of the source: returns (waveform (T,), {rate (Hz), peak, clipped (share of flat-topped samples)})."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
+    blocks = []
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
-            rate, promised = file.samplerate, file.frames
-            # Block by block: a 40-minute stereo track in one piece would need four times the memory.
-            blocks = [block.mean(1) for block in file.blocks(1 << 20, dtype="float32", always_2d=True)]
+            rate, promised, log = file.samplerate, file.frames, file.extra_info
+            # Block by block: a 40-minute stereo track in one piece would take four times the memory. (And not by
+            # SoundFile.blocks, which fills up a file that ends early with whatever is in memory.)
+            while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(1))
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        raise ValueError(f"{path}: cannot be decoded: {reason}") from None
+        reason = "not recognised as audio" if "does not exist" in reason else reason  # what libsndfile says of a bad mp3
+        raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff, "
+                         "other formats want converting first") from None
     x = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(x) == 0:
         raise ValueError(f"{path}: no samples in it")
-    if len(x) < 0.98 * promised:
-        raise ValueError(f"{path}: cut off: its header promises {promised / rate:.1f} s, {len(x) / rate:.1f} s are there")
-    bad = int((~np.isfinite(x)).sum())
-    if bad:
-        raise ValueError(f"{path}: {bad} of {len(x)} samples are NaN or infinite")
+    size = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)  # wav, aiff; a piped wav promises 2 or 4 GiB
+    if size and int(size[1]) < 0x7FFFF000:
+        promised *= int(size[1]) / max(1, int(size[2]))
+    if len(x) < 0.98 * promised or ("lacks an end-of-stream bit" in log and "Junk after" in log):
+        raise ValueError(f"{path}: cut off: it ends after {len(x) / rate:.1f} s in the middle of the file")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: {int((~np.isfinite(x)).sum())} of {len(x)} samples are NaN or infinite")
+    peak = float(np.abs(x).max())
+    clipped = float((np.abs(x) >= 0.999 * peak).mean()) if peak > 0.9 else 0.0
     x = resample(torch.from_numpy(x), rate, sample_rate)
-    # Lossy codecs overshoot, some collections to twice full scale: turn such a file down, rather than distort it.
-    return x / x.abs().max().clamp(min=1), rate
+    return x / x.abs().max().clamp(min=1), {"rate": rate, "peak": peak, "clipped": clipped}
 
 
 def resample(x, rate, new_rate):
@@ -111,41 +119,83 @@ def resample(x, rate, new_rate):
     """
     if rate == new_rate:
         return x
-    common = math.gcd(rate, new_rate)
-    if rate // common <= 2000:
+    step = rate // math.gcd(rate, new_rate)
+    if step <= 2000:
         return torchaudio.functional.resample(x, rate, new_rate)
-    # An odd rate (44,099 Hz) would need a filter bank of gigabytes: there, cut the spectrum instead. The transform must
-    # span a whole number of periods of both rates, and a little silence keeps the end from ringing into the start.
-    step = rate // common
+    # An odd rate (44,099 Hz) would need gigabytes of filters: cut the spectrum instead. The transform must span whole
+    # periods of both rates; the silence added keeps the end from ringing into the start.
     n = (len(x) // step + 2) * step
-    m = n // step * (new_rate // common)
-    spectrum = torch.fft.rfft(x, n)
-    return torch.fft.irfft(spectrum[: m // 2 + 1], m)[: math.ceil(len(x) * new_rate / rate)] * (m / n)
+    m = n * new_rate // rate
+    return torch.fft.irfft(torch.fft.rfft(x, n)[: m // 2 + 1], m)[: math.ceil(len(x) * new_rate / rate)] * (m / n)
 
 
 # ----------------------------------------------------------------------------------------------------------- readers
+# A reader turns a folder into a Listing. To add a data set: one function here, one entry in DATASETS.
 
 @dataclass
 class Clip:
-    """One recording of a data set: what to decode and what is known about it."""
-    file: Path
+    """One recording: what to decode, and what is known about it."""
     id: str               # its name in clips.npz
+    file: Path = None
     split: str = "train"  # train, valid, test
-    group: str = ""       # the song; by default the clip is a song of its own
+    group: str = ""       # the song; by default each clip is a song of its own
     tags: tuple = ()      # names
 
 
 class Listing(list):
-    """A list of `Clip`, with what holds for the data set as a whole.
+    """A list of Clip, and what holds for the whole: task (multilabel, singlelabel, none), tags (names, in order),
+    split_name (where the split comes from), published (clips in train, valid, test as published, or None), skipped
+    ([{file, reason}], known before decoding), broken (ids that are known to be broken wherever they come from)."""
 
-    Attributes: task (multilabel, singlelabel, none), tags (list of str, in order), split_name (str, where the split
-    comes from), skipped (list of {file, reason}: known before decoding), expected (set of ids known to be broken).
-    """
-
-    def __init__(self, clips, task="none", tags=(), split_name="all train", skipped=(), expected=()):
+    def __init__(self, clips, task="none", tags=(), split_name="all train", published=None, skipped=(), broken=()):
         super().__init__(clips)
-        self.task, self.tags, self.split_name = task, list(tags), split_name
-        self.skipped, self.expected = list(skipped), set(expected)
+        self.task, self.tags, self.split_name, self.published = task, list(tags), split_name, published
+        self.skipped, self.broken = list(skipped), set(broken)
+
+    @classmethod
+    def match(cls, clips, files, key=lambda clip: clip.id, unlisted=None, **about):
+        """Give each clip of a table its file out of `files` {key: path}; one without the other is skipped, with reason."""
+        clips, found, skipped = list(clips), [], []
+        for clip in clips:
+            clip.file = files.pop(key(clip), None)
+            found.append(clip) if clip.file else skipped.append({"file": clip.id, "reason": "missing: listed, but not there"})
+        if not found:
+            raise FileNotFoundError(f"none of the {len(clips)} recordings listed is there, the first: {skipped[0]['file']}"
+                                    if clips else "expected a table that lists recordings, found no row in it")
+        if unlisted:
+            skipped += [{"file": str(name), "reason": unlisted} for name in sorted(files)]
+        return cls(found, skipped=skipped, **about)
+
+
+def audio_files(root, key=lambda relative: relative.as_posix()):
+    """Every audio file below root: {key of its relative path: path}, in order of the paths."""
+    files = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in AUDIO:
+                # One name has several spellings in Unicode, and file systems disagree on which.
+                files[key(Path(unicodedata.normalize("NFC", str(path.relative_to(root)))))] = path
+    if not files:
+        raise FileNotFoundError(f"{root}: expected audio files ({' '.join(sorted(AUDIO))}), found none")
+    return files
+
+
+def read_table(path, headers=1):
+    """Rows of a CSV (comma, semicolon or tab; plain or .gz) as dicts; several header rows are joined by dots."""
+    path = Path(path) if Path(path).exists() else Path(f"{path}.gz")
+    if not path.exists():
+        raise FileNotFoundError(f"{path.with_suffix('')}: expected this table, but it is not there")
+    csv.field_size_limit(1 << 24)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            lines = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            columns = [".".join(parts).strip() for parts in zip(*(next(lines, []) for _ in range(headers)))]
+            return [{**dict.fromkeys(columns, ""), **dict(zip(columns, line))} for line in lines if any(line)], columns
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: expected a CSV in UTF-8: {error}") from None
 
 
 def read_folder(root, labels=None):
@@ -156,231 +206,270 @@ def read_folder(root, labels=None):
         labels: a CSV with a column `file` (relative to root), optionally `split` (train, valid, test) and `group` (clips
             of one song share it), and either `tags` ("a; b; c"), or `label`, or one column of 0/1 per tag. Beside `tags`
             or `label` further columns are ignored. Without `split`, labelled songs are dealt 80 : 10 : 10 by a hash of
-            their group, so the same song always lands in the same split.
-
-    Returns:
-        Listing: one Clip per audio file; without labels all of them train.
+            their group, so that a song always lands in the same split.
     """
-    root = Path(root)
-    files = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() in AUDIO and not name.startswith("."):
-                files[unicodedata.normalize("NFC", path.relative_to(root).as_posix())] = path
-    if not files:
-        raise FileNotFoundError(f"{root}: expected audio files, found none (looked for {' '.join(sorted(AUDIO))})")
+    files = audio_files(root)
     if labels is None:
-        return Listing([Clip(path, name, group=name) for name, path in sorted(files.items())])
-
-    labels = Path(labels)
-    try:
-        with open(labels, newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            table = csv.DictReader(file, delimiter=max(",;\t", key=header.count))
-            columns, rows = list(table.fieldnames or []), list(table)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{labels}: expected a CSV in UTF-8: {error}") from None
-    if "file" not in columns:
-        raise ValueError(f"{labels}: expected a column `file`, found {', '.join(columns) or 'nothing'}")
-    if "tags" in columns and "label" in columns:
-        raise ValueError(f"{labels}: has a column `tags` and a column `label`: keep one, and rename the other")
-    if "tags" in columns:
-        task, names = "multilabel", None
-    elif "label" in columns:
-        task, names = "singlelabel", None
-    else:
-        names = [column for column in columns if column and column not in ("file", "split", "group")]
-        task = "multilabel" if names else "none"
-
-    clips, skipped, seen = [], [], {}
+        return Listing([Clip(name, path) for name, path in files.items()])
+    rows, columns = read_table(labels)
+    if "file" not in columns or {"tags", "label"} <= set(columns):
+        raise ValueError(f"{labels}: expected a column `file`, and one of `tags` and `label` at most; found {', '.join(columns)}")
+    free = "tags" in columns or "label" in columns
+    names = [] if free else [column for column in columns if column not in ("", "file", "split", "group")]
+    clips = {}
     for line, row in enumerate(rows, 2):
-        where = f"{labels}, line {line}"
-        name = unicodedata.normalize("NFC", (row["file"] or "").strip().removeprefix("./"))
-        if name in seen:
-            raise ValueError(f"{where}: {name} stands there twice, first in line {seen[name]}")
-        seen[name] = line
-        if "tags" in columns:
-            tags = tuple(tag.strip() for tag in (row["tags"] or "").split(";") if tag.strip())
-        elif "label" in columns:
-            tags = ((row["label"] or "").strip(),)
-            if not tags[0]:
+        row = {column: value.strip() for column, value in row.items()}
+        name, where = unicodedata.normalize("NFC", row["file"].removeprefix("./")), f"{labels}, line {line}"
+        if name in clips:
+            raise ValueError(f"{where}: {name} stands there a second time")
+        if free:
+            tags = tuple(filter(None, map(str.strip, row["tags"].split(";")))) if "tags" in columns else (row["label"],)
+            if tags == ("",):
                 raise ValueError(f"{where}: {name} has no label")
         else:
-            for column in names:
-                if (row[column] or "").strip() not in ("0", "1"):
-                    raise ValueError(f"{where}: expected 0 or 1 in the tag column `{column}`, found {row[column]!r}; "
-                                     "for other columns to be ignored, give the tags in a column `tags` or `label`")
-            tags = tuple(column for column in names if row[column].strip() == "1")
-        group = (row.get("group") or "").strip() or name
-        split = {"validation": "valid", "val": "valid"}.get((row.get("split") or "").strip(), (row.get("split") or "").strip())
-        if "split" not in columns:
-            bucket = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0] if task != "none" else 0
-            split = "train" if bucket < 205 else "valid" if bucket < 230 else "test"
+            wrong = [column for column in names if row[column] not in ("0", "1")]
+            if wrong:
+                raise ValueError(f"{where}: expected 0 or 1 in the tag column `{wrong[0]}`, found {row[wrong[0]]!r}; to have "
+                                 "further columns ignored, give the tags in one column `tags` or `label`")
+            tags = tuple(column for column in names if row[column] == "1")
+        group = row.get("group") or name
+        split = row.get("split", "train")
+        if "split" not in columns and (free or names):
+            byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0]
+            split = "train" if byte < 205 else "valid" if byte < 230 else "test"
+        split = {"validation": "valid", "val": "valid"}.get(split, split)
         if split not in SPLITS:
             raise ValueError(f"{where}: expected train, valid or test in the column `split`, found {split!r}")
-        if name in files:
-            clips.append(Clip(files.pop(name), name, split, group, tags))
-        else:
-            skipped.append({"file": name, "reason": "missing: in the labels, not in the folder"})
-    skipped += [{"file": name, "reason": f"no row in {labels.name}"} for name in sorted(files)]
-    if not clips:
-        raise FileNotFoundError(f"{labels}: none of its {len(rows)} files is in {root}; the column `file` is relative to --root")
-    if names is None:
-        names = sorted({tag for clip in clips for tag in clip.tags})
-    split_name = f"split column of {labels.name}" if "split" in columns else "80:10:10 by song" if task != "none" else "all train"
-    return Listing(sorted(clips, key=lambda clip: clip.id), task, names, split_name, skipped)
+        clips[name] = Clip(name, None, split, group, tags)
+    task = "singlelabel" if "label" in columns else "multilabel" if free or names else "none"
+    split_name = f"column split of {Path(labels).name}" if "split" in columns else "all train" if task == "none" else "80:10:10 by song"
+    return Listing.match(sorted(clips.values(), key=lambda clip: clip.id), files, unlisted=f"no row in {Path(labels).name}", task=task,
+                         tags=names or sorted({tag for clip in clips.values() for tag in clip.tags}), split_name=split_name)
 
 
 def read_demo(root=None):
-    """The freely licensed music shipped with this repository: who composed it?"""
+    """The freely licensed music in this repository, labelled by composer."""
     root = Path(root or HERE / "demo")
     return read_folder(root, root / "labels.csv")
 
 
-DATASETS = {"folder": read_folder, "demo": read_demo}
+def _published(name):
+    """The reader of a published data set: they stand in splits/published.py, beside the split lists they need."""
+    def read(root, **options):
+        try:
+            from splits.published import READERS
+        except ImportError:
+            raise FileNotFoundError(f"--data {name} needs the folder splits/ of the repository beside prepare.py") from None
+        return READERS[name](root, **options)
+    return read
+
+
+DATASETS = {"folder": read_folder, "demo": read_demo,
+            **{name: _published(name) for name in ("billboard", "fma", "gtzan", "msd", "mtat")}}
 
 
 # ------------------------------------------------------------------------------------------------ the prepared folder
 
-def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max_skipped=0.01, timeout=300.0,
-          command="", progress=True, load=load):
-    """Decode a listing into a prepared folder.
+def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max_skipped=0.01, timeout=300.0, shard=None,
+          merge=None, command="", progress=True, load=load):
+    """Decode a listing into the prepared folder `out`; what an interrupted run left in `out.partial` is not done again.
 
     Args:
         listing (Listing): from a reader of `DATASETS`.
-        out: the folder to make. The work stands in `out.partial` and is moved into place when complete; what an
-            interrupted run has decoded there is not decoded again.
         sample_rate (int): Hz.
-        segment (float, optional): cut longer files into clips of so many seconds of the same song. A rest shorter than
-            half of it stays with the clip before.
+        segment (float, optional): cut files into clips of so many seconds; a rest below half of it stays with the last.
         workers (int, optional): decoding processes; by default one per core.
-        max_skipped (float): the largest share of files that may be unusable, in [0, 1]; more is an error, and nothing is
-            put in place.
-        timeout (float): seconds after which a decoder is given up and its file skipped.
-        command (str): kept in the meta.
-        progress (bool): show a bar on stderr.
-        load: `load` or a function like it.
+        max_skipped (float): share of the files, in [0, 1], that may be unusable; with more, nothing is put in place.
+        timeout (float): seconds after which a file is given up.
+        shard (tuple, optional): (i, n): decode only the i-th of n parts (1 to n), into `out.shard-i-of-n.partial`.
+        merge (int, optional): n: take what n shards have decoded. The result has the same bytes as without shards.
 
     Returns:
-        dict: the meta, as in meta.json.
+        dict: the meta, as in meta.json; for a shard None.
 
     Raises:
         FileExistsError: out holds something else, or another run is working on it.
-        ValueError: too many files skipped, or no usable file.
-        OSError: the disk is full.
+        ValueError: too many files cannot be used, or none can.
+        OSError: the disk is too small or full; names the bytes needed and free.
     """
-    out = Path(out)
-    part = out.with_name(out.name + ".partial")
-    plan = {"format": FORMAT, "sample_rate": sample_rate, "segment": segment, "task": listing.task, "tags": listing.tags,
-            "clips": [[c.id, c.split, c.group, c.tags, *_stamp(c.file)] for c in listing]}
+    out, parts = Path(out), [len(listing) * k // (shard or (1, 1))[1] for k in range((shard or (1, 1))[1] + 1)]
+    plan = [sample_rate, segment, listing.task, listing.tags, listing.skipped, [[c.id, c.split, c.group, c.tags] for c in listing]]
     plan = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    part.mkdir(parents=True, exist_ok=True)
-    lock = open(part / "lock", "a")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise FileExistsError(f"{out}: another run is preparing it; wait for it, or give another --name") from None
-    with lock:
+    place = lambda i, n: out.with_name(f"{out.name}.shard-{i}-of-{n}")
+    clips = listing[parts[shard[0] - 1] : parts[shard[0]]] if shard else list(listing)
+    with Partial(place(*shard) if shard else out) as partial:
         if (out / "meta.json").exists():
             meta = json.loads((out / "meta.json").read_text())
-            if meta["plan"] == plan:
-                shutil.rmtree(part)
-                return meta
-            shutil.rmtree(part)
-            raise FileExistsError(f"{out}: is already there, made from other files or flags ({meta['command']}); "
-                                  f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
-        done = _resume(part, plan)
-        _decode_all(listing, part, done, sample_rate, segment, workers, timeout, progress, load)
-        meta = _finish(listing, part, out, done, plan, sample_rate, max_skipped, command)
-        (part / "lock").unlink()
-        os.replace(part, out)
-    return meta
+            if meta["plan"] != plan:
+                raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); give another "
+                                      f"--name, or remove it: rm -r {shlex.quote(str(out))}")
+            return meta
+        done = partial.resume(plan, clips, [place(i + 1, merge) for i in range(merge or 0)])
+        todo, free = clips[len(done):], shutil.disk_usage(partial.folder).free
+        if free < 60 * sum(map(_size, todo)):
+            # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
+            if free < (need := estimate(todo, sample_rate, timeout, load)[0]):
+                raise OSError(f"{out}: about {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
+        jobs = [(str(clip.file), sample_rate, round(segment * sample_rate) if segment else None) for clip in todo]
+        with tqdm(total=len(clips), initial=len(done), unit="file", desc="decoding", disable=not progress,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+            for entry, samples in _pool(jobs, workers or os.cpu_count() or 1, timeout, load):
+                try:
+                    partial.append({**entry, "size": _size(clips[len(done)])}, samples)
+                except OSError as error:
+                    need, free = partial.size / max(1, len(done)) * (len(clips) - len(done)), shutil.disk_usage(partial.folder).free
+                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need / 1e9:.2f} GB are needed, "
+                                  f"{free / 1e9:.2f} GB are free; what is done is kept, the same command continues") from None
+                done.append(entry)
+                bar.update()
+        return None if shard else partial.seal(listing, done, max_skipped, {"sample_rate": sample_rate, "plan": plan, "command": command})
 
 
-def _stamp(path):
-    """Size and time of change: a file that was exchanged between two runs must not pass for the one decoded before."""
-    try:
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    except OSError:
-        return None, None
+def estimate(clips, sample_rate, timeout=60.0, load=load):
+    """Bytes a list of Clip will take, and seconds of one core, from decoding up to eight of them."""
+    some, start = clips[:: max(1, len(clips) // 8)][:8], time.monotonic()
+    size = sum(len(samples) for _, samples in _pool([(str(clip.file), sample_rate, None) for clip in some], 1, min(timeout, 60), load))
+    scale = sum(map(_size, clips)) / max(1, sum(map(_size, some)))
+    return int(size * scale), (time.monotonic() - start) * scale
 
 
-def _resume(part, plan):
-    """What a run before this one has finished: journal lines whose samples are all in audio.npy. The rest is cut off."""
-    done, size = [], 128
-    if (part / "plan").exists() and (part / "plan").read_text() == plan and (part / "audio.npy").exists():
-        there, lines, keep = os.path.getsize(part / "audio.npy"), (part / "journal.jsonl").read_bytes().splitlines(True), 0
-        for line in lines:
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            if entry is None or size + 2 * sum(entry["lengths"]) > there:
+def _size(clip):
+    return clip.file.stat().st_size if clip.file.exists() else 0
+
+
+class Partial:
+    """A prepared folder in the making, NAME.partial: locked against a second run, journalled, moved into place by `seal`."""
+
+    def __init__(self, out):
+        self.out, self.folder, self.audio, self.journal = Path(out), Path(f"{out}.partial"), None, None
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "a")
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise FileExistsError(f"{self.out}: another run is preparing it; wait for it, or give another --name") from None
+        return self
+
+    def __exit__(self, *_):
+        for file in filter(None, (self.audio, self.journal, self.lock)):
+            file.close()
+        if self.folder.exists() and os.listdir(self.folder) == ["lock"]:
+            shutil.rmtree(self.folder)
+
+    def resume(self, plan, clips, shards=()):
+        """Open the files; return what a run before has finished: journal lines whose samples are all in audio.npy."""
+        paths = [self.folder / name for name in ("plan", "audio.npy", "journal.jsonl")]
+        if not all(path.exists() for path in paths) or paths[0].read_text() != plan:
+            with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
+                audio.write(bytes(128))  # room for the header, which needs the final length
+                for shard in shards:
+                    with Partial(shard) as part:
+                        if not (part.folder / "plan").exists() or (part.folder / "plan").read_text() != plan:
+                            raise ValueError(f"{part.folder}: expected a shard of the same files and flags; run its --shard again")
+                        with open(part.folder / "audio.npy", "rb") as file:
+                            file.seek(128)
+                            shutil.copyfileobj(file, audio, 1 << 24)
+                        journal.write((part.folder / "journal.jsonl").read_bytes())
+            paths[0].write_text(plan)
+        done, self.size, keep = [], 128, 0
+        for line, clip in zip(paths[2].read_bytes().splitlines(True), clips):
+            entry = json.loads(line) if line.endswith(b"\n") else None
+            if entry is None or entry["size"] != _size(clip) or self.size + 2 * sum(entry["lengths"]) > paths[1].stat().st_size:
                 break
             done.append(entry)
-            size += 2 * sum(entry["lengths"])
-            keep += len(line)
-        os.truncate(part / "journal.jsonl", keep)
-        os.truncate(part / "audio.npy", size)
-    else:
-        (part / "audio.npy").write_bytes(bytes(128))  # room for the header, which needs the final length
-        (part / "journal.jsonl").write_bytes(b"")
-        (part / "plan").write_text(plan)
-    return done
+            self.size, keep = self.size + 2 * sum(entry["lengths"]), keep + len(line)
+        os.truncate(paths[1], self.size)
+        os.truncate(paths[2], keep)
+        self.audio, self.journal = open(paths[1], "ab", buffering=0), open(paths[2], "ab", buffering=0)
+        return done
+
+    def append(self, entry, samples):
+        """Samples first, then the journal line that vouches for them."""
+        for file, data in ((self.audio, samples), (self.journal, json.dumps(entry).encode() + b"\n")):
+            data = memoryview(data)
+            while data:
+                data = data[file.write(data):]
+        self.size += len(samples)
+
+    def seal(self, listing, done, max_skipped, head):
+        """Judge the losses, write the tables and move the folder into place. Returns the meta."""
+        skipped = listing.skipped + [{"file": c.id, "reason": e["reason"]} for c, e in zip(listing, done) if not e["lengths"]]
+        kinds = {kind: [s for s in skipped if s["reason"].startswith(kind)] for kind in ("missing", "broken", "no row")}
+        lost = [s for s in kinds["missing"] + kinds["broken"] if s["file"] not in listing.broken]
+        total = len(listing) + sum(s["reason"].startswith("missing") for s in listing.skipped)
+        first = f"; the first: {lost[0]['file']}: {lost[0]['reason']}" if lost else ""
+        if not any(entry["lengths"] for entry in done):
+            raise ValueError(f"none of {total} files can be used{first}")
+        if len(lost) > max_skipped * total:
+            raise ValueError(f"{len(lost)} of {total} files cannot be used, and --max-skipped is {max_skipped:g}{first} (repair them, or "
+                             f"type --max-skipped {math.ceil(1000 * len(lost) / total) / 1000:g}; nothing will be decoded twice)")
+        rows, songs = [], {}
+        for clip, entry in zip(listing, done):
+            song, labels = songs.setdefault(clip.group or clip.id, len(songs)), [tag in clip.tags for tag in listing.tags]
+            begin = 0
+            for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
+                name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / head['sample_rate']:.6g}"
+                rows.append((length, SPLITS.index(clip.split), song, np.array(labels, np.uint8), name,
+                             np.frombuffer(bytes.fromhex(digest), np.uint8), entry["rate"], entry["peak"], entry["clipped"]))
+                begin += length
+        arrays = {key: np.array(column, kind) for (key, kind), column in zip(COLUMNS.items(), zip(*rows))}
+        arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
+        named = lambda chosen: arrays["id"][chosen].tolist()
+        count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
+        unlike = np.unique(arrays["sha256"], axis=0, return_index=True)[1]
+        report = {"found": total - len(kinds["missing"]), **{kind: len(files) for kind, files in kinds.items()},
+                  "shorter than 3 s": named(arrays["length"] < 3 * head["sample_rate"]), "silent": named(arrays["peak"] < 1e-4),
+                  "clipped": named(arrays["clipped"] > 1e-3), "turned down": named(arrays["peak"] > 1),
+                  "duplicate": named(~np.isin(np.arange(len(rows)), unlike)),
+                  "rates": {str(rate): int(n) for rate, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
+        meta = {"name": self.out.name, **head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
+                "published": listing.published, "clips": count(lambda own: int(own.sum())),
+                "songs": count(lambda own: len(np.unique(arrays["group"][own]))),
+                "hours": count(lambda own: round(float(arrays["length"][own].sum()) / head["sample_rate"] / 3600, 4)),
+                "skipped": skipped, "report": report, "fingerprint": fingerprint(arrays, head["sample_rate"], listing.tags)}
+        with open(self.folder / "audio.npy", "r+b") as audio:
+            np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": (int(arrays["length"].sum()),)})
+            os.fsync(audio.fileno())
+        np.savez(self.folder / "clips.npz", **arrays)
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        for name in ("journal.jsonl", "plan", "lock"):
+            (self.folder / name).unlink()
+        os.replace(self.folder, self.out)
+        return meta
 
 
-def _decode_all(listing, part, done, sample_rate, segment, workers, timeout, progress, load):
-    """Decode what is not done by a pool of processes; append samples and journal in the order of the listing."""
-    segment = round(segment * sample_rate) if segment else None
-    jobs = [(str(clip.file), sample_rate, segment) for clip in listing]
-    bar = tqdm(total=len(jobs), initial=len(done), unit="file", desc="decoding", disable=not progress,
-               mininterval=0.5 if sys.stderr.isatty() else 15)
-    with bar, open(part / "audio.npy", "ab") as audio, open(part / "journal.jsonl", "ab") as journal:
-        for entry, samples in _pool(jobs, len(done), workers or os.cpu_count() or 1, timeout, load):
-            # Samples first, then the journal line that vouches for them.
-            audio.write(samples)
-            audio.flush()
-            journal.write(json.dumps(entry).encode() + b"\n")
-            journal.flush()
-            done.append(entry)
-            bar.update()
-        os.fsync(audio.fileno())
+def _pool(jobs, workers, timeout, load):
+    """Yield (entry, int16 bytes) of each job (file, rate, segment), in order.
 
-
-def _pool(jobs, first, workers, timeout, load):
-    """Yield (entry, samples) for jobs[first:], in order.
-
-    Not multiprocessing.Pool: there, a decoder that crashes or hangs takes the whole run with it. Here every worker has a
+    Not multiprocessing.Pool: there, a decoder that crashes or hangs takes the whole run with it. Here each worker has a
     pipe of its own; one that dies or oversleeps is replaced, and the file it had is the only one lost.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    workers = max(1, min(workers, len(jobs) - first))
     running, ready, held = {}, {}, 0  # pipe -> [process, job, deadline]; job -> result; bytes in ready
-    following, turn = first, first
+    following = turn = 0
 
-    def start():
+    def replace(pipe=None):
+        code = None
+        if pipe:
+            process = running.pop(pipe)[0]
+            process.kill()
+            process.join()
+            code = process.exitcode
+            pipe.close()
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs, load), daemon=True)
         process.start()
         theirs.close()
         running[ours] = [process, None, math.inf]
-
-    def stop(pipe):
-        process = running.pop(pipe)[0]
-        process.kill()
-        process.join()
-        pipe.close()
-        return process.exitcode
+        return code
 
     try:
-        for _ in range(workers):
-            start()
+        for _ in range(min(workers, len(jobs))):
+            replace()
         while turn < len(jobs):
             for pipe, slot in running.items():
                 # One slow file holds up the others' results: let them run ahead, but not out of memory.
@@ -388,34 +477,29 @@ def _pool(jobs, first, workers, timeout, load):
                     pipe.send(jobs[following])
                     slot[1:] = following, time.monotonic() + timeout
                     following += 1
-            deadline = min(slot[2] for slot in running.values())
-            for pipe in wait(list(running), max(0.0, min(deadline - time.monotonic(), 3600))):
+            soonest = min(slot[2] for slot in running.values())
+            for pipe in wait(list(running), max(0.0, min(soonest - time.monotonic(), 3600))):
                 job = running[pipe][1]
                 try:
-                    entry, samples = pipe.recv(), pipe.recv_bytes()
+                    ready[job] = pipe.recv(), pipe.recv_bytes()
                     running[pipe][1:] = None, math.inf
                 except (EOFError, OSError):
-                    code = stop(pipe)
-                    entry, samples = {"lengths": [], "reason": f"broken: it crashes the decoder (exit {code})"}, b""
-                    start()
-                ready[job] = entry, samples
-                held += len(samples)
+                    ready[job] = {"lengths": [], "reason": f"broken: it crashes the decoder (exit code {replace(pipe)})"}, b""
+                held += len(ready[job][1])
             for pipe in [pipe for pipe, slot in running.items() if slot[2] < time.monotonic()]:
                 ready[running[pipe][1]] = {"lengths": [], "reason": f"broken: not decoded after {timeout:g} s"}, b""
-                stop(pipe)
-                start()
+                replace(pipe)
             while turn in ready:
-                entry, samples = ready.pop(turn)
-                held -= len(samples)
-                yield entry, samples
+                held -= len(ready[turn][1])
+                yield ready.pop(turn)
                 turn += 1
     finally:
-        for pipe in list(running):
-            stop(pipe)
+        for process, _, _ in running.values():
+            process.kill()
 
 
 def _worker(pipe, load):
-    """A decoding process: (file, rate, segment) in, (journal entry, int16 bytes) out."""
+    """A decoding process: (file, rate, segment) in, journal entry and int16 bytes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk on stderr, into the progress bar
     torch.set_num_threads(1)
@@ -425,61 +509,16 @@ def _worker(pipe, load):
         except EOFError:
             return
         try:
-            waveform, rate = load(file, sample_rate)
-            peak = float(waveform.abs().max())
+            waveform, facts = load(file, sample_rate)
             samples = (waveform * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
         except Exception as error:  # whatever a decoder throws costs this file alone
-            reason = str(error).replace(f"{file}: ", "") or type(error).__name__
-            pipe.send({"lengths": [], "reason": f"missing: {reason}" if isinstance(error, FileNotFoundError) else f"broken: {reason}"})
-            pipe.send_bytes(b"")
-            continue
-        parts = np.split(samples, range(segment, len(samples) - segment // 2, segment)) if segment else [samples]
-        pipe.send({"lengths": [len(p) for p in parts], "sha256": [hashlib.sha256(p).hexdigest() for p in parts], "rate": rate,
-                   "peak": peak, "clipped": float((np.abs(samples.astype(np.int32)) >= FULL_SCALE - 1).mean())})
+            kind = "missing" if isinstance(error, FileNotFoundError) else "broken"
+            entry, samples = {"lengths": [], "reason": f"{kind}: " + (str(error).replace(f"{file}: ", "") or repr(error))}, np.zeros(0)
+        else:
+            parts = np.split(samples, range(segment, len(samples) - segment // 2, segment)) if segment else [samples]
+            entry = {"lengths": [len(p) for p in parts], "sha256": [hashlib.sha256(p).hexdigest() for p in parts], **facts}
+        pipe.send(entry)
         pipe.send_bytes(samples.tobytes())
-
-
-def _finish(listing, part, out, done, plan, sample_rate, max_skipped, command):
-    """Write the header of audio.npy, clips.npz and meta.json into the partial folder; refuse when too much was skipped."""
-    skipped = list(listing.skipped) + [{"file": clip.id, "reason": entry["reason"]}
-                                       for clip, entry in zip(listing, done) if "reason" in entry]
-    lost = [s for s in skipped if not s["reason"].startswith("no row") and s["file"] not in listing.expected]
-    total = len(listing) + len([s for s in listing.skipped if s in lost])
-    if not any(entry["lengths"] for entry in done):
-        raise ValueError(f"no usable file among {total}; the first: {skipped[0]['file']}: {skipped[0]['reason']}")
-    if len(lost) > max_skipped * total:
-        raise ValueError(f"{len(lost)} of {total} files cannot be used, more than --max-skipped {max_skipped:.3g} allows; the first: "
-                         f"{lost[0]['file']}: {lost[0]['reason']} (repair them, or type --max-skipped {math.ceil(1e4 * len(lost) / total) / 1e4:g}; "
-                         "nothing will be decoded twice)")
-    song, tag = {}, {name: k for k, name in enumerate(listing.tags)}
-    rows, labels, ids, digests = [], [], [], []
-    start = 0
-    for clip, entry in zip(listing, done):
-        group = song.setdefault(clip.group or clip.id, len(song))
-        offset = 0
-        for length, digest in zip(entry["lengths"], entry.get("sha256", [])):
-            rows.append((start, length, SPLITS.index(clip.split), group))
-            labels.append([name in clip.tags for name in tag])
-            ids.append(clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{offset / sample_rate:.6g}")
-            digests.append(list(bytes.fromhex(digest)))
-            start, offset = start + length, offset + length
-    rows = np.array(rows, np.int64)
-    arrays = {"start": rows[:, 0], "length": rows[:, 1], "split": rows[:, 2].astype(np.uint8), "group": rows[:, 3],
-              "labels": np.array(labels, np.uint8).reshape(len(rows), len(tag)), "id": np.array(ids),
-              "sha256": np.array(digests, np.uint8)}
-    count = lambda what: {name: what(rows[rows[:, 2] == i]) for i, name in enumerate(SPLITS)}
-    meta = {"format": FORMAT, "name": out.name, "sample_rate": sample_rate, "task": listing.task, "tags": listing.tags,
-            "split_name": listing.split_name, "clips": count(len), "songs": count(lambda r: len(set(r[:, 3].tolist()))),
-            "hours": count(lambda r: round(float(r[:, 1].sum()) / sample_rate / 3600, 4)),
-            "skipped": skipped, "fingerprint": fingerprint(arrays, sample_rate, listing.tags), "plan": plan, "command": command}
-    with open(part / "audio.npy", "r+b") as audio:
-        np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": (start,)})
-        assert audio.tell() == 128
-    np.savez(part / "clips.npz", **arrays)
-    (part / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    (part / "journal.jsonl").unlink()
-    (part / "plan").unlink()
-    return meta
 
 
 def fingerprint(arrays, sample_rate, tags):
@@ -491,54 +530,45 @@ def fingerprint(arrays, sample_rate, tags):
 
 
 def find(data):
-    """The prepared folder that a name under data/ or a path means, as a Path; FileNotFoundError says what to type.
+    """The prepared folder that a name under data/ or a path means; FileNotFoundError says what to type.
 
-    >>> find("never-prepared")
+    >>> find("nosuch")
     Traceback (most recent call last):
-    FileNotFoundError: never-prepared: expected a folder made by prepare.py at data/never-prepared or never-prepared, found none; type: python prepare.py --data folder --root MUSIC --name never-prepared
+    FileNotFoundError: nosuch: not prepared, neither data/nosuch nor nosuch; type: python prepare.py --data folder --root MUSIC --name nosuch
     """
-    for folder in (Path("data") / str(data), Path(data)):
+    for folder in (Path("data", str(data)), Path(data)):
         if (folder / "meta.json").is_file():
             return folder
     name = Path(data).name
-    hint = f"--data {name}" + (" --root FOLDER" if name != "demo" else "") if name in DATASETS else f"--data folder --root MUSIC --name {name}"
-    raise FileNotFoundError(f"{data}: expected a folder made by prepare.py at {Path('data') / str(data)} or {data}, found none; "
-                            f"type: python prepare.py {hint}")
+    flags = f"folder --root MUSIC --name {name}" if name in ("folder", "") or name not in DATASETS else name if name == "demo" else f"{name} --root DIR"
+    raise FileNotFoundError(f"{data}: not prepared, neither {Path('data', str(data))} nor {data}; type: python prepare.py --data {flags}")
 
 
 class Clips:
-    """The clips of a prepared folder, or of one of its splits.
-
-    Args:
-        folder: as `find` returns it.
-        split: train, valid, test, or None for all.
+    """The clips of a prepared folder (as `find` returns it), or of one of its splits (train, valid, test).
 
     Attributes: labels (N, K) uint8, group (N,) int64, length (N,) int64 samples, id (N,) str, split (N,) uint8 0 train
-    1 valid 2 test, sha256 (N, 32) uint8 of the samples, tags, task, sample_rate, fingerprint, name, meta, folder. Tables are
-    numpy arrays, audio is torch. Indices count inside this view. Waveforms stay on disk and are mapped, so an object is
-    small, and may be given to other processes.
+    1 valid 2 test, sha256 (N, 32) uint8 of the samples, tags, task, sample_rate, fingerprint, name, meta, folder. Tables
+    are numpy, audio is torch; indices count inside this view. Waveforms stay on disk and are mapped, so an object is
+    small and may be handed to other processes.
     """
 
     def __init__(self, folder, split=None):
-        self.folder = Path(folder)
-        if split is not None and split not in SPLITS:
+        self.folder, self._audio = Path(folder), None
+        if split not in (None, *SPLITS):
             raise ValueError(f"expected split {', '.join(SPLITS)} or None, got {split!r}")
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             with np.load(self.folder / "clips.npz") as file:
-                arrays = {key: file[key] for key in file.files}
+                chosen = slice(None) if split is None else file["split"] == SPLITS.index(split)
+                for key in ("start", *COLUMNS):
+                    setattr(self, key, file[key][chosen])
+            for key in ("tags", "task", "sample_rate", "fingerprint", "name"):
+                setattr(self, key, self.meta[key])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py, but {Path(error.filename).name} is missing") from None
-        except Exception as error:
-            raise ValueError(f"{folder}: expected a folder made by prepare.py, but it cannot be read: {error}") from None
-        if self.meta.get("format") != FORMAT:
-            raise ValueError(f"{folder}: expected format {FORMAT}, found {self.meta.get('format')}; prepare it again")
-        chosen = slice(None) if split is None else arrays["split"] == SPLITS.index(split)
-        for key in ("start", "length", "split", "group", "labels", "id", "sha256"):
-            setattr(self, key, arrays[key][chosen])
-        for key in ("tags", "task", "sample_rate", "fingerprint", "name"):
-            setattr(self, key, self.meta[key])
-        self._audio = None
+        except Exception as error:  # a damaged zip or JSON file has many ways to say so
+            raise ValueError(f"{folder}: expected a folder made by prepare.py; it cannot be read ({error}), prepare it again") from None
 
     def __len__(self):
         return len(self.length)
@@ -555,34 +585,18 @@ class Clips:
 
     def waveform(self, i):
         """Clip i as (T,) float32 in [-1, 1)."""
-        i = int(i)
-        if not 0 <= i < len(self):
-            raise ValueError(f"expected a clip in 0 .. {len(self) - 1}, got {i}")
-        return torch.from_numpy(self.audio[self.start[i] : self.start[i] + self.length[i]].astype(np.float32)).div_(FULL_SCALE)
+        return self.crops([i], [0], int(self.length[i]))[0, 0]
 
     def crops(self, index, start, n_samples):
-        """Cut one crop out of each of several clips.
+        """Cut B crops, the b-th from sample start[b] of clip index[b] on -> (B, 1, n_samples) float32 in [-1, 1).
 
-        Args:
-            index: B integers, which clip (array, tensor or list; a clip may stand there several times).
-            start: B integers, the crop's first sample within its clip.
-            n_samples (int): the length of every crop.
-
-        Returns:
-            torch.Tensor: (B, 1, n_samples) float32 in [-1, 1).
-
-        Raises:
-            ValueError: a crop that is not wholly inside its clip: it would be filled from the neighbour.
+        Raises ValueError for a crop that is not wholly inside its clip: it would be filled from the neighbour.
         """
         index, start = np.asarray(index, np.int64).reshape(-1), np.asarray(start, np.int64).reshape(-1)
-        if len(index) != len(start):
-            raise ValueError(f"expected one start per clip, got {len(start)} for {len(index)}")
-        if len(index) and not (0 <= index.min() and index.max() < len(self)):
-            raise ValueError(f"expected clips in 0 .. {len(self) - 1}, got {index.min()} .. {index.max()}")
-        outside = np.flatnonzero((start < 0) | (start + n_samples > self.length[index]))
-        if len(outside):
-            b = outside[0]
-            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside clip {self.id[index[b]]} of {self.length[index[b]]} samples")
+        if len(index) != len(start) or not ((0 <= index) & (index < len(self))).all():
+            raise ValueError(f"expected one start per clip and clips in 0 .. {len(self) - 1}, got {len(start)} starts for {index}")
+        for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
+            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, {self.length[index[b]]} samples")
         rows = np.empty((len(index), n_samples), np.int16)
         for row, first in zip(rows, (self.start[index] + start).tolist()):
             row[:] = self.audio[first : first + n_samples]
@@ -590,25 +604,19 @@ class Clips:
 
 
 def check(folder, progress=False):
-    """Read a prepared folder again, every sample of it, and compare with what was written.
-
-    Returns:
-        list of str: what is wrong, one line each; empty when all is as it was written.
-    """
+    """Read every sample of a prepared folder again: a list of what is not as it was written, one line each."""
     clips = Clips(folder)
+    wrong = [] if fingerprint(vars(clips), clips.sample_rate, clips.tags) == clips.fingerprint else [
+        "clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit"]
     try:
-        audio = clips.audio
+        if len(clips.audio) != clips.length.sum():
+            return wrong + [f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
     except (OSError, ValueError) as error:
-        return [f"audio.npy cannot be read: {error}"]
-    if len(audio) != clips.length.sum():
-        return [f"audio.npy: expected {clips.length.sum()} samples, found {len(audio)}"]
-    wrong = []
+        return wrong + [f"audio.npy cannot be read: {error}"]
     for i in tqdm(range(len(clips)), desc="checking", unit="clip", disable=not progress):
-        samples = audio[clips.start[i] : clips.start[i] + clips.length[i]]
-        if hashlib.sha256(np.ascontiguousarray(samples)).digest() != clips.sha256[i].tobytes():
+        samples = np.ascontiguousarray(clips.audio[clips.start[i] : clips.start[i] + clips.length[i]])
+        if hashlib.sha256(samples).digest() != clips.sha256[i].tobytes():
             wrong.append(f"{clips.id[i]}: its samples have changed")
-    if fingerprint(vars(clips), clips.sample_rate, clips.tags) != clips.fingerprint:
-        wrong.append("clips.npz or the tags in meta.json have changed: the fingerprint does not fit")
     return wrong
 
 
@@ -616,80 +624,103 @@ def check(folder, progress=False):
 
 def summary(meta):
     """The closing table of a prepared folder, as text."""
-    lines = [f"{'':8}{'clips':>9}{'songs':>9}{'hours':>9}"]
-    for split in SPLITS:
-        lines.append(f"{split:8}{meta['clips'][split]:>9,}{meta['songs'][split]:>9,}{meta['hours'][split]:>9.2f}")
-    if meta["skipped"]:
-        lines.append(f"skipped {len(meta['skipped'])}:")
-        lines += [f"  {s['file']}: {s['reason']}" for s in meta["skipped"][:20]]
-        lines += [f"  ... and {len(meta['skipped']) - 20} more, all in meta.json"] if len(meta["skipped"]) > 20 else []
-    lines.append(f"{meta['task']}, {len(meta['tags'])} tags, split: {meta['split_name']}, {meta['sample_rate']} Hz")
-    return "\n".join(lines + [f"fingerprint {meta['fingerprint']}"])
+    lines = [f"{'':6}{'clips':>9}{'published':>11}{'songs':>9}{'hours':>9}"]
+    for split, published in zip(SPLITS, meta["published"] or ("",) * 3):
+        lines.append(f"{split:6}{meta['clips'][split]:>9,}{published:>11}{meta['songs'][split]:>9,}{meta['hours'][split]:>9.2f}")
+    for kind, files in meta["report"].items():
+        files = f"{len(files)}: {', '.join(files[:3])}{', ...' * (len(files) > 3)}" if isinstance(files, list) and files else files
+        lines += [f"{kind}: {files}".replace("rates: ", "Hz of the files: ")] if files else []
+    lines += [f"  {s['file']}: {s['reason']}" for s in meta["skipped"][:20]]
+    lines += [f"  ... and {len(meta['skipped']) - 20} more, see meta.json"] * (len(meta["skipped"]) > 20)
+    return "\n".join([*lines, f"{meta['task']}, {len(meta['tags'])} tags; split: {meta['split_name']}; {meta['sample_rate']} Hz",
+                      f"fingerprint {meta['fingerprint']}"])
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description="Turn a collection of recordings into a prepared folder under data/.", allow_abbrev=False,
-        usage="python prepare.py --data NAME [--root DIR] [options]   (all of them: --help)",
+        description="Turn a collection of recordings into one prepared folder under data/.", allow_abbrev=False,
+        usage="python prepare.py --data NAME [--root DIR] [options]; all of them: --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=sorted(DATASETS), help="which reader")
     data.add_argument("--root", type=Path, help="where the recordings are")
-    data.add_argument("--labels", type=Path, metavar="FILE.csv", help="folder: columns file, [split], [group], and tags, or label, or a 0/1 column per tag")
-    data.add_argument("--name", help="name of the prepared folder under data/ (default: the data set's, or that of --root)")
-    data.add_argument("--out", type=Path, help="the prepared folder itself, instead of data/NAME")
+    data.add_argument("--labels", type=Path, metavar="FILE.csv", help="folder: columns file, [split], [group], and tags, label or 0/1 columns")
+    data.add_argument("--split", choices=("all", "labelled"), help="mtat: which clips; by default all")
+    data.add_argument("--subset", choices=("small", "medium", "large", "full"), help="fma: which part; by default medium")
+    data.add_argument("--download", action="store_true", help="fetch what is missing into --root first (mtat, gtzan, fma)")
+    data.add_argument("--name", help="of the prepared folder under data/; by default that of the data set, or of --root")
+    data.add_argument("--out", type=Path, help="the prepared folder, instead of data/NAME")
     data.add_argument("--segment", type=float, metavar="SECONDS", help="cut longer files into clips of the same song")
     data.add_argument("--sample-rate", type=int, default=SAMPLE_RATE, help="Hz")
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
-    run.add_argument("--max-skipped", type=float, default=0.01, help="share of files that may be unusable; more is an error")
-    run.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="give a file up after so long")
+    run.add_argument("--max-skipped", type=float, default=0.01, help="share of the files that may be unusable")
+    run.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="give a file up after so long")
+    run.add_argument("--dry-run", action="store_true", help="say what it would do, how long and how large, and stop")
+    run.add_argument("--shard", metavar="I/N", help="decode only part I of N, to be joined with --merge N")
+    run.add_argument("--merge", type=int, metavar="N", help="join N finished shards; otherwise the same command")
     run.add_argument("--check", metavar="NAME", help="verify a prepared folder and stop")
     return parser
 
 
 def main(argv=None):
-    parser = build_parser()
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names in any encoding
+    options = {key: getattr(args, key) for key in ("labels", "split", "subset") if getattr(args, key)}
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard or "1/1")
+    shard = shard and tuple(map(int, shard.groups()))
+    if not args.check:
+        wrong = [f"{flag}: expected a number above 0, got {value}" for flag, value in
+                 (("--workers", args.workers), ("--timeout", args.timeout), ("--sample-rate", args.sample_rate),
+                  ("--segment", args.segment), ("--merge", args.merge)) if value is not None and not value > 0]
+        wrong += [f"--{key} goes with --data {owner}" for key, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma"))
+                  if key in options and args.data != owner]
+        wrong += [f"{path}: no such file or folder" for path in (args.root, args.labels)
+                  if path and not path.exists() and not (args.download and path == args.root)]
+        if not args.data:
+            wrong.insert(0, f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME")
+        elif not args.root and args.data != "demo":
+            wrong.insert(0, f"--data {args.data} needs --root DIR, the folder with the recordings")
+        if not shard or not 1 <= shard[0] <= shard[1]:
+            wrong.append(f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")
+        if wrong:
+            parser.error(wrong[0])
     try:
         if args.check:
             try:
                 folder = find(args.check)
             except FileNotFoundError as error:
                 parser.error(str(error))
-            wrong = check(folder, progress=True)
-            print("\n".join(wrong[:20]) if wrong else summary(Clips(folder).meta))
-            print(f"{folder}: " + (f"{len(wrong)} faults" if wrong else "as it was written"))
-            return 1 if wrong else 0
-        if not args.data:
-            parser.error("expected --data " + "|".join(sorted(DATASETS)) + ", or --check NAME")
-        if not args.root and args.data != "demo":
-            parser.error(f"--data {args.data} needs --root DIR, the folder with the recordings")
-        for path in (args.root, args.labels):
-            if path and not path.exists():
-                parser.error(f"{path}: no such file or folder")
-        if args.labels and args.data != "folder":
-            parser.error(f"--labels goes with --data folder; {args.data} brings its own")
-        for flag, value in (("--workers", args.workers), ("--timeout", args.timeout), ("--sample-rate", args.sample_rate),
-                            ("--segment", args.segment)):
-            if value is not None and not value > 0:
-                parser.error(f"{flag}: expected a number above 0, got {value}")
-        name = args.name or (args.data if args.data != "folder" else args.root.resolve().name)
-        out = args.out or Path("data") / name
-        options = {"labels": args.labels} if args.data == "folder" else {}
+            faults = check(folder, progress=True)
+            print("\n".join([*faults[:20], f"{folder}: {len(faults)} faults"]) if faults else f"{summary(Clips(folder).meta)}\n{folder}: as it was written")
+            return 1 if faults else 0
+        if args.download:
+            from splits.published import fetch
+            fetch(args.data, args.root, args.subset or "medium")
+        out = args.out or Path("data", args.name or (args.data if args.data != "folder" else args.root.resolve().name))
         listing = DATASETS[args.data](args.root, **options)
-        command = shlex.join(["python", "prepare.py", *(sys.argv[1:] if argv is None else argv)])
-        meta = write(listing, out, args.sample_rate, args.segment, args.workers, args.max_skipped, args.timeout, command)
+        if args.dry_run:
+            size, seconds = estimate(listing, args.sample_rate, args.timeout)
+            clips = ", ".join(f"{sum(clip.split == split for clip in listing):,} {split}" for split in SPLITS)
+            print(f"{args.data}: {len(listing):,} files ({clips}), {len(listing.skipped):,} skipped before decoding\n"
+                  f"about {size / 2 / args.sample_rate / 3600:.1f} h, {size / 1e9:.2f} GB in {out} ({shutil.disk_usage(Path.cwd()).free / 1e9:.2f} GB free), "
+                  f"{seconds / 60:.1f} min of one core, {seconds / 60 / args.workers:.1f} min with {args.workers} workers")
+            return 0
+        base = [word for k, word in enumerate(argv) if not (word.startswith(("--shard", "--merge")) or (k and argv[k - 1] in ("--shard", "--merge")))]
+        meta = write(listing, out, args.sample_rate, args.segment, args.workers, args.max_skipped, args.timeout, args.shard and shard,
+                     args.merge, shlex.join(["python", "prepare.py", *base]))
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 1
-    print(f"{out}\n{summary(meta)}")
-    print(f"next: python pretrain.py --data {name if out == Path('data') / name else out}")
+    if meta is None:
+        print(f"part {args.shard} is done; when all are: python prepare.py {shlex.join(base)} --merge {shard[1]}")
+    else:
+        print(f"{out}\n{summary(meta)}\nnext: python pretrain.py --data {out.name if out == Path('data', out.name) else out}")
     return 0
 
 
