@@ -514,6 +514,8 @@ def build_parser():
     group.add_argument("--encoder", metavar="NAME", help="samplecnn or samplecnn-large; CPC has its own (default: the method's)")
     group.add_argument("--width", type=float, default=1.0, help="factor on all channels; 0.125 trains in minutes on a CPU")
     group.add_argument("--projection", type=int, default=128, help="dimensions of the projection z")
+    group.add_argument("--recompute", type=int, default=0, metavar="BLOCKS", help="keep less of so many first blocks for the backward pass: less "
+                       "memory, some more time, the same gradients")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--loss", choices=list(LOSSES), default="nt-xent", help="contrastive loss")
     group.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss")
@@ -613,6 +615,10 @@ def train(args, clips, valid, Chain, model, device, amp, rank, size):
     """The run. Returns 0 when it is complete, 128 + the signal's number when a signal ended it early."""
     torch.manual_seed(args.seed)  # the initialisation; everything later is drawn by `generator`
     encoder = model.build_encoder(args.encoder, width=args.width)
+    if args.recompute:
+        if args.method == "cpc":
+            raise ValueError("--recompute is for the SampleCNN encoders; leave it out with --method cpc")
+        encoder.recompute(args.recompute)
     if args.method == "cpc":
         learner = CPCLoss(encoder)
     else:
@@ -623,7 +629,7 @@ def train(args, clips, valid, Chain, model, device, amp, rank, size):
 
     out = Path(args.out or Path("runs") / clips.name)
     config = {k: v for k, v in vars(args).items() if k not in ("data", "out", "device", "plot", "epochs", "max_steps", "save_every", "log_every",
-                                                               "probe_every", "tensorboard")}
+                                                               "probe_every", "tensorboard", "recompute")}
     config |= {"amp": amp, "fingerprint": clips.fingerprint, **({"steps": total} if args.schedule == "cosine" else {})}
     checkpoint = load_checkpoint(out / "checkpoint.pt")
     done = 0
