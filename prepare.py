@@ -106,7 +106,8 @@ def load(path, sample_rate):
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: {int((~np.isfinite(x)).sum())} of {len(x)} samples are NaN or infinite")
     peak = float(np.abs(x).max())
-    clipped = float((np.abs(x) >= 0.999 * peak).mean()) if peak > 0.9 else 0.0
+    flat = np.abs(x) >= 0.9999 * peak
+    clipped = float((flat[:-2] & flat[1:-1] & flat[2:]).sum() / len(x)) if peak > 0.9 else 0.0
     x = resample(torch.from_numpy(x), rate, sample_rate)
     return x / x.abs().max().clamp(min=1), {"rate": rate, "peak": peak, "clipped": clipped}
 
@@ -121,7 +122,7 @@ def resample(x, rate, new_rate):
         return x
     step = rate // math.gcd(rate, new_rate)
     if step <= 2000:
-        return torchaudio.functional.resample(x, rate, new_rate)
+        return torchaudio.functional.resample(x, rate, new_rate, lowpass_filter_width=32)  # flat to 10 kHz at 22,050 Hz
     # An odd rate (44,099 Hz) would need gigabytes of filters: cut the spectrum instead. The transform must span whole
     # periods of both rates; the silence added keeps the end from ringing into the start.
     n = (len(x) // step + 2) * step
@@ -502,6 +503,10 @@ def _worker(pipe, load):
     """A decoding process: (file, rate, segment) in, journal entry and int16 bytes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk on stderr, into the progress bar
+    if multiprocessing.get_start_method(True) != "spawn" and sys.platform == "linux":
+        # A fork holds the parent's lock and its ends of the other pipes: with them a worker would outlive a killed parent.
+        os.closerange(3, pipe.fileno())
+        os.closerange(pipe.fileno() + 1, 1 << 16)
     torch.set_num_threads(1)
     while True:
         try:
