@@ -1,0 +1,199 @@
+"""How fast is prepare.py, and does it stay small? Writes results/prepare.json.
+
+    python bench/prepare.py --root MUSIC [--files 60] [--rounds 5]      # decoding, memory, random crops; about 4 minutes
+    python bench/prepare.py --tables DIR                                # only: the split of MagnaTagATune's real tables
+
+Decoding, one pinned core, A B A B, median files/s: prepare's decoder (mono, 22,050 Hz, int16, sha256) against ffmpeg writing
+a wav per file (what the released CLMR code does) and against plain soundfile + torchaudio resampling. Three sets are made
+from the first --files recordings below --root: as they are, as 16 kHz mono mp3 (MagnaTagATune's form) and as 44.1 kHz stereo
+mp3 (FMA's and the Million Song Dataset's). Memory: the peak of a whole run over 1,000 and over 100,000 clips of 50 ms.
+Crops: 96 random crops of 59,049 samples at a time from the memory map against reading the same bytes with pread, with the file in
+the page cache and dropped from it.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import prepare  # noqa: E402
+from splits import published  # noqa: E402
+
+
+def ours(path):
+    x, _ = prepare.load(path, prepare.SAMPLE_RATE)
+    prepare.hashlib.sha256((x * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()).hexdigest()
+
+
+def plain(path):
+    x, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    torchaudio.functional.resample(torch.from_numpy(x.mean(1)), rate, prepare.SAMPLE_RATE)
+
+
+def ffmpeg(path):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["ffmpeg", "-v", "error", "-threads", "1", "-i", path, "-ar", str(prepare.SAMPLE_RATE), "-ac", "1", f"{folder}/x.wav"], check=True)
+
+
+def decoding(files, rounds):
+    rates = {one.__name__: [] for one in (ours, ffmpeg, plain)}
+    for _ in range(rounds):
+        for one in (ours, ffmpeg, plain):
+            start = time.perf_counter()
+            for path in files:
+                one(path)
+            rates[one.__name__].append(len(files) / (time.perf_counter() - start))
+    result = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    paired = [a / b for a, b in zip(rates["ours"], rates["ffmpeg"])]
+    return {"files_per_second": result, "all_rounds": {k: [round(v, 2) for v in vs] for k, vs in rates.items()}, "files": len(files),
+            "times_ffmpeg": round(statistics.median(paired), 2), "times_plain": round(result["ours"] / result["plain"], 2)}
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import prepare
+clips = [prepare.Clip(f"clip {{i}}", prepare.Path({wav!r}), tags=("a",)) for i in range({n})]
+prepare.write(prepare.Listing(clips, "multilabel", [chr(97 + k) for k in range(26)]), {out!r}, workers=2, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
+
+
+def memory(folder):
+    soundfile.write(folder / "short.wav", 0.1 * np.ones(round(0.05 * prepare.SAMPLE_RATE)), prepare.SAMPLE_RATE)
+    result = {}
+    for n in (1000, 100_000):
+        script = MEMORY.format(root=str(ROOT), wav=str(folder / "short.wav"), n=n, out=str(folder / f"out{n}"))
+        start = time.perf_counter()
+        parent, worker = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+        result[f"{n}_clips"] = {"parent_mib": round(float(parent)), "largest_worker_mib": round(float(worker)), "seconds": round(time.perf_counter() - start, 1)}
+    result["bytes_per_clip"] = round((result["100000_clips"]["parent_mib"] - result["1000_clips"]["parent_mib"]) * 2 ** 20 / 99_000)
+    return result
+
+
+def crops(folder, rounds, batch=96, n=59049, batches=12):
+    clips = prepare.Clips(folder)
+    path = clips.folder / "audio.npy"
+    file = os.open(path, os.O_RDONLY)
+
+    def cold():
+        clips._audio = None  # unmap, else the pages stay
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def draw(seed):
+        generator = np.random.default_rng(seed)
+        index = generator.integers(len(clips), size=batch)
+        return index, (generator.random(batch) * (clips.length[index] - n)).astype(np.int64)
+
+    def read(index, start):
+        for first in (clips.start[index] + start).tolist():
+            os.pread(file, 2 * n, 128 + 2 * first)
+
+    result = {}
+    for state in ("warm", "cold"):
+        rates = {"crops": [], "pread": []}
+        for r in range(rounds):
+            for name, one in (("crops", lambda i, s: clips.crops(i, s, n)), ("pread", read)):
+                draws = [draw(1000 * r + 100 * (name == "pread") * (state == "cold") + k) for k in range(batches)]
+                if state == "warm":
+                    for d in draws:
+                        read(*d)
+                else:
+                    cold()
+                start = time.perf_counter()
+                for d in draws:
+                    one(*d)
+                rates[name].append(batch * batches / (time.perf_counter() - start))
+        result[state] = {f"{name}_per_second": round(statistics.median(values)) for name, values in rates.items()}
+        result[state]["times_pread"] = round(statistics.median(rates["crops"]) / statistics.median(rates["pread"]), 2)
+    os.close(file)
+    return result
+
+
+def tables(folder, scratch):
+    """The published counts on MagnaTagATune's real tables, over empty files in place of the mp3s."""
+    rows, _ = prepare.read_table(Path(folder, "annotations_final.csv"))
+    for row in rows:
+        path = scratch / row["mp3_path"]
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for name in ("annotations_final.csv", "clip_info_final.csv"):
+        source = next(path for path in (Path(folder, name), Path(folder, name + ".gz")) if path.exists())
+        with (gzip.open if source.suffix == ".gz" else open)(source, "rb") as file:
+            (scratch / name).write_bytes(file.read())
+    result = {}
+    for split in ("all", "labelled"):
+        listing = published.read_mtat(scratch, split)
+        count = Counter(clip.split for clip in listing if clip.id not in listing.broken)
+        result[split] = {"train_valid_test": [count[name] for name in prepare.SPLITS], "published": list(listing.published),
+                         "songs": len({clip.group for clip in listing}), "cello_in_test": sum("cello" in clip.tags for clip in listing if clip.split == "test"),
+                         "choral_in_valid": sum("choral" in clip.tags for clip in listing if clip.split == "valid")}
+        assert tuple(result[split]["train_valid_test"]) == listing.published, result
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--root", type=Path, help="recordings to decode")
+    parser.add_argument("--tables", type=Path, help="MagnaTagATune's two tables, plain or .gz")
+    parser.add_argument("--files", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=("decoding", "memory", "crops"), default=("decoding", "memory", "crops"))
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "prepare.json")
+    args = parser.parse_args()
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchaudio": torchaudio.__version__, "numpy": np.__version__,
+                "soundfile": soundfile.__version__, "libsndfile": soundfile.__libsndfile_version__}
+    if shutil.which("ffmpeg"):
+        versions["ffmpeg"] = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True).stdout.split()[2]
+    result |= {"versions": versions, "cores": os.cpu_count(),
+               "cpu": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        folder = Path(folder)
+        if args.tables:
+            (folder / "mtat").mkdir()
+            result["mtat_tables"] = tables(args.tables, folder / "mtat")
+        if args.root:
+            found = list(prepare.audio_files(args.root).values())
+            if "memory" in args.only:
+                result["memory"] = memory(folder)
+            if "crops" in args.only:
+                listing = prepare.read_folder(args.root)
+                prepare.write(listing, folder / "cache")
+                result["crops"] = crops(folder / "cache", args.rounds)
+            if "decoding" in args.only:
+                files = found[:: max(1, len(found) // args.files)][: args.files]
+                sets = {"as they are": files, "mp3, 16 kHz mono": [], "mp3, 44.1 kHz stereo": []}
+                for k, path in enumerate(files):
+                    for name, options in (("mp3, 16 kHz mono", ["-ar", "16000", "-ac", "1", "-b:a", "32k"]), ("mp3, 44.1 kHz stereo", ["-ar", "44100", "-ac", "2", "-b:a", "128k"])):
+                        sets[name].append(folder / f"{k}-{options[1]}.mp3")
+                        subprocess.run(["ffmpeg", "-v", "error", "-i", path, *options, sets[name][-1]], check=True)
+                if hasattr(os, "sched_setaffinity"):
+                    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+                torch.set_num_threads(1)
+                result["decoding"] = {name: decoding(paths, args.rounds) for name, paths in sets.items()}
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("versions",)}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
