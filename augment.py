@@ -71,9 +71,12 @@ def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | No
     """
     if seed is None:
         seed = torch.randint(2**62, (x.shape[0],), generator=generator)
-    flat = x.flatten(1)                                                              # (B, C T)
+    flat, seed = x.flatten(1), seed.to(x.device)                                     # (B, C T)
     scale = flat.square().mean(1, keepdim=True).sqrt() * 10 ** (-_rows(snr_db, flat) / 20)
-    return x + (scale * _gaussian(seed.to(x.device), flat.shape[1]).to(x.dtype)).view(x.shape)
+    y = torch.empty_like(flat)
+    for rows in _blocks(len(x), x.device, 2):
+        torch.addcmul(flat[rows], scale[rows], _gaussian(seed[rows], flat.shape[1]).to(x.dtype), out=y[rows])
+    return y.view(x.shape)
 
 
 def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: float = 0.5) -> torch.Tensor:
@@ -161,13 +164,15 @@ def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, s
     device, dtype = x.device, x.dtype
     inside = pad.to(device, dtype).unfold(1, FILTER_BLOCK, 1).flip(1)                  # (B, P, P): [j, i] = h[i - j]
     owed = torch.stack([after.real, -after.imag], 1).to(device, dtype)                 # (B, 2, P)
-    left = torch.view_as_real(powers[:, :-1].flip(1)).to(device, dtype)                # (B, P, 2)
+    left = torch.view_as_real(powers[:, :-1].flip(1)).to(device, dtype)                # (B, P, 2): what a block leaves
+    inside = torch.cat([inside, left], 2)                                              # (B, P, P + 2)
     carry = powers[:, -1]
     total, count = x.shape[-1], -(-x.shape[-1] // FILTER_BLOCK)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), device):
         blocks = torch.nn.functional.pad(x[rows, 0], (0, count * FILTER_BLOCK - total)).view(-1, count, FILTER_BLOCK)
-        state = torch.view_as_complex(torch.bmm(blocks, left[rows]))                   # (B, M) left over by each block
+        out = torch.bmm(blocks, inside[rows])                                          # (B, M, P + 2)
+        state = torch.view_as_complex(out[:, :, FILTER_BLOCK:].contiguous())           # (B, M)
         factor, step = carry[rows, None], 1
         while step < count:                                                            # an inclusive scan by doubling
             # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
@@ -175,7 +180,7 @@ def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, s
             state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], kept, state[:, :-step])], 1)
             factor, step = factor.square(), 2 * step
         before = torch.view_as_real(torch.nn.functional.pad(state[:, :-1], (1, 0)))    # (B, M, 2)
-        out = torch.baddbmm(torch.bmm(blocks, inside[rows]), before, owed[rows])
+        out = torch.baddbmm(out[:, :, :FILTER_BLOCK], before, owed[rows])
         y[rows, 0] = out.flatten(1)[:, :total]
     return y
 
@@ -195,7 +200,7 @@ SEGMENT = 0.070             # s between two splices
 FADE = 0.012                # s of cross-fade at a splice
 SEARCH = 0.010              # s either way that a segment may move to match the one before it
 TAPS = 24                   # of the interpolator: at most -50 dB of images for what is kept below BAND
-GROUP = 16                  # outputs that the interpolator computes in one matrix product
+GROUP = 32                  # outputs that the interpolator computes in one matrix product
 BAND = 0.88                 # of half the sample rate is kept when the pitch is shifted
 
 
@@ -241,62 +246,73 @@ def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tens
 
 
 def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    """x (B, T), ratio (B,) float64 -> (B, T)."""
-    batch, total = x.shape
-    hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
+    """x (B, T), ratio (B,) float64 -> (B, T). S segments, `hop` samples from one to the next in the output."""
+    total, hop = x.shape[1], round(SEGMENT * sample_rate)
+    fade, front = round(FADE * sample_rate), round(SEARCH * sample_rate) + TAPS
     segments = max(1, math.ceil(total / hop))
-    reach = math.ceil((hop + fade + GROUP) * float(ratio.max())) + 2 * TAPS + GROUP
-    front = search + TAPS
-    padded = torch.nn.functional.pad(x, (front, reach + search + hop + fade))
+    length = hop + fade                                                       # of a segment, in output samples
+    reach = math.ceil((length + GROUP) * float(ratio.max())) + front + 2 * TAPS
+    padded = torch.nn.functional.pad(x, (front, segments * hop - total + reach))
     ratio = ratio.to(x.device)
-    row = torch.arange(batch, device=x.device)
-    # 1. where each segment starts in the input, one after the other: as near to its own time as the search goes
-    lags = 2 * search + 1
-    frames = padded.unfold(1, fade + TAPS - 1, 1)
-    regions = padded.unfold(1, fade + lags - 1, 1)
-    energy = torch.nn.functional.pad(padded.double().square().cumsum(1), (1, 0))
-    start = torch.full((batch,), front, dtype=torch.long, device=x.device)
+    starts = _segment_starts(padded, front, segments, ratio, sample_rate)
+    pieces = _read_segments(padded, starts, ratio, length)                    # (B, S, length)
+    fade_in = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
+    pieces[:, 1:, :fade] = torch.lerp(pieces[:, :-1, hop:], pieces[:, 1:, :fade], fade_in)
+    return pieces[:, :, :hop].flatten(1)[:, :total]
+
+
+def _segment_starts(padded: torch.Tensor, front: int, segments: int, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Where each segment starts in the input, (B, S): as near to its own time as SEARCH allows, there where it is most
+    like what would have come next in the segment before it. One segment after the other, all examples at once."""
+    batch = len(padded)
+    hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
+    phases = 16                                                               # lag = phases q + p, q < count, p < phases
+    count = -(-(2 * search + 1) // phases)
+    lags, width = count * phases, fade + phases - 1
+    row = torch.arange(batch, device=padded.device)
+    continued = padded.unfold(1, fade + TAPS - 1, 1)
+    # the energy of every candidate of every segment, from running sums
+    first = front - search
+    around = padded.as_strided((batch, segments - 1, lags + fade), (padded.stride(0), hop, 1), first + hop)
+    power = torch.nn.functional.pad(around.square().cumsum(2), (1, 0))
+    scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
+    shifted = padded.new_zeros(batch, fade + 2 * (phases - 1))
+    start = torch.full((batch,), front, dtype=torch.long, device=padded.device)
     starts = [start]
-    # the correlation at lag 16 q + p is one small matrix product: frames 16 apart times 16 shifted templates
-    steps = -(-lags // 16)
     for s in range(1, segments):
-        nominal = front + s * hop - search                                                     # of the first lag
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
         ahead = start + hop * ratio
         whole = ahead.floor()
-        near = frames[row, (whole.long() - (TAPS // 2 - 1)).clamp_(max=frames.shape[1] - 1)]                       # (B, fade + TAPS - 1)
-        kernel = _kernel((ahead - whole).float(), x.device)
-        template = torch.bmm(near.unfold(1, TAPS, 1), kernel[:, :, None])[..., 0]              # (B, fade)
-        region = regions[:, nominal]                                                           # (B, fade + lags - 1)
-        shifted = torch.nn.functional.pad(template, (15, 15)).unfold(1, fade + 15, 1).flip(1)  # (B, 16, fade + 15)
-        room = torch.nn.functional.pad(region, (0, 16 * steps + 15 - lags)).unfold(1, fade + 15, 16)   # (B, steps, fade + 15)
-        match = torch.matmul(room, shifted.transpose(1, 2)).reshape(batch, -1)[:, :lags]
-        power = (energy[:, nominal + fade:nominal + fade + lags] - energy[:, nominal:nominal + lags]).float()
-        score = match / power.clamp_min_(1e-8).sqrt_()
-        start = nominal + score.argmax(1)
+        near = continued[row, whole.long() - (TAPS // 2 - 1)]                                   # (B, fade + TAPS - 1)
+        kernel = _kernel((ahead - whole).float(), padded.device)                               # (B, TAPS)
+        shifted[:, phases - 1:phases - 1 + fade] = torch.bmm(kernel[:, None], near.unfold(1, fade, 1).contiguous())[:, 0]
+        # the product with x at lag phases q + p is one small matrix product: x from phases q on, times the template
+        # moved by p; p runs backwards here, because a view cannot
+        room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), first + s * hop).contiguous()
+        match = torch.bmm(room, shifted.unfold(1, width, 1).contiguous().transpose(1, 2)).flip(2)   # (B, count, phases)
+        start = (match.flatten(1) * scale[:, s - 1]).argmax(1) + (first + s * hop)
         starts.append(start)
-    starts = torch.stack(starts, 1)                                                            # (B, S)
-    # 2. read every segment at the new speed. All segments of a row share the fractions between the samples, so that
-    #    GROUP neighbouring outputs of all segments are one matrix product with one small banded matrix
-    length = hop + fade
+    return torch.stack(starts, 1)
+
+
+def _read_segments(padded: torch.Tensor, starts: torch.Tensor, ratio: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, S, length): from each start on, every ratio-th sample. All segments of an example share the fractions between
+    the samples, so GROUP neighbouring outputs of all its segments are one product with one small banded matrix."""
+    batch, segments = starts.shape
     groups = -(-length // GROUP)
-    position = torch.arange(groups * GROUP, device=x.device) * ratio[:, None]                  # (B, K G) float64
+    span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
+    position = torch.arange(groups * GROUP, device=padded.device) * ratio[:, None]             # (B, K G) float64
     whole = position.floor()
-    kernel = _kernel((position - whole).float(), x.device)                                     # (B, K G, TAPS)
+    kernel = _kernel((position - whole).float(), padded.device)                                # (B, K G, TAPS)
     whole = whole.long().view(batch, groups, GROUP)
     base = whole[:, :, :1]                                                                     # (B, K, 1)
-    span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
-    column = (whole - base)[..., None] + torch.arange(TAPS, device=x.device)                   # (B, K, G, TAPS)
-    band = torch.zeros(batch, groups, GROUP, span, device=x.device).scatter_(3, column, kernel.view(column.shape))
+    column = (whole - base)[..., None] + torch.arange(TAPS, device=padded.device)              # (B, K, G, TAPS)
+    band = kernel.new_zeros(batch, groups, span, GROUP).transpose(2, 3).scatter_(3, column, kernel.view(column.shape))
     index = starts[:, None, :] + (base - (TAPS // 2 - 1))                                      # (B, K, S)
-    windows = padded.unfold(1, span, 1)[row[:, None, None], index]                             # (B, K, S, span)
-    pieces = torch.matmul(windows, band.transpose(2, 3))                                       # (B, K, S, G)
-    pieces = pieces.transpose(1, 2).reshape(batch, segments, groups * GROUP)[:, :, :length]
-    # 3. cross-fade
-    up = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
-    out = pieces[:, :, :hop].clone()
-    out[:, 1:, :fade] = pieces[:, 1:, :fade] * up + pieces[:, :-1, hop:] * (1 - up)
-    return out.flatten(1)[:, :total]
+    row = torch.arange(batch, device=padded.device)[:, None, None]
+    windows = padded.unfold(1, span, 1)[row, index]                                            # (B, K, S, span)
+    pieces = torch.bmm(windows.flatten(0, 1), band.flatten(0, 1).transpose(1, 2))              # (B K, S, G)
+    return pieces.view(batch, groups, segments, GROUP).transpose(1, 2).flatten(2)[:, :, :length]
 
 
 def _kernel(fraction: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -351,33 +367,32 @@ def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, r
 
 def _room_factors(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int, n: int,
                   device: torch.device) -> tuple[torch.Tensor, ...]:
-    """What the transfer function of a room is made of, at bin COLUMNS a + b of an n-point FFT: loop gain (B, 1, 1),
-    loop filter 1 - d / z (B, A, COLUMNS), and the delay of each comb, loop gain included, as an outer product
-    (B, 8, A, 1) x (B, 8, 1, COLUMNS)."""
+    """What the transfer function of a room is made of, at bin COLUMNS a + b of an n-point FFT: the reciprocal of the
+    gain around the loop of a comb, (1 - d / z) / (feedback (1 - d)), (B, A, COLUMNS); and the delay of each comb as an
+    outer product, (B, 8, A, 1) times (B, 8, 1, COLUMNS)."""
     a = -1 / math.log(1 - 0.3)
     b = 100 / (math.log(1 - 0.98) * a + 1)
     feedback = 1 - torch.exp((reverberance.double() - b) / (a * b))                          # (B,)
     d = damping.double() / 100 * 0.3 + 0.2
-    loop = (feedback * (1 - d))[:, None, None]
     scale = (room_size.double() / 100 * 0.9 + 0.1) * (sample_rate / 44100)
     samples = torch.floor(scale[:, None] * torch.tensor(COMBS) + 0.5)[:, :, None]            # (B, 8, 1)
-    decay = loop * torch.exp(samples * (-DECAY_DB / 20 * math.log(10) / n))                  # rho^-D and the loop gain
+    decay = torch.exp(samples * (-DECAY_DB / 20 * math.log(10) / n))                         # rho^-D
     samples, phases = samples.long().to(device), _phases(n, device)
     fine = phases[(samples * torch.arange(COLUMNS, device=device)) % n] * decay.float().to(device)
     coarse = phases[(samples * torch.arange(0, n // 2 + 1, COLUMNS, device=device)) % n]     # (B, 8, A)
-    loop_filter = 1 - d.float().to(device)[:, None, None] * _one_sample(n, device)
-    return loop.float().to(device), loop_filter, coarse[..., None], fine[:, :, None]
+    gain, damp = ((value / (feedback * (1 - d))).float().to(device)[:, None, None] for value in (1, d))
+    return gain - damp * _one_sample(n, device), coarse[..., None], fine[:, :, None]
 
 
-def _room_response(loop: torch.Tensor, loop_filter: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor,
+def _room_response(loop: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor,
                    all_passes: torch.Tensor) -> torch.Tensor:
     """The wet transfer function (B, n // 2 + 1).
 
-    With f = 1 - d / z, a comb is z^-D / (1 - loop / f z^-D) = (f / (f - loop z^-D) - 1) f / loop: the eight share
-    all but a sum of eight reciprocals.
+    With f the reciprocal loop gain, a comb is z^-D / (1 - z^-D / f) = (f / (f - z^-D) - 1) f: the eight combs share all
+    but a sum of eight reciprocals.
     """
-    combs = torch.addcmul(loop_filter[:, None], coarse, fine, value=-1).reciprocal_().sum(1)     # (B, A, COLUMNS)
-    return combs.mul_(loop_filter).sub_(len(COMBS)).mul_(loop_filter).mul_(all_passes).div_(loop).flatten(1)[:, :1 - COLUMNS]
+    combs = torch.addcmul(loop[:, None], coarse, fine, value=-1).reciprocal_().sum(1)     # (B, A, COLUMNS)
+    return combs.mul_(loop).sub_(len(COMBS)).mul_(loop).mul_(all_passes).flatten(1)[:, :1 - COLUMNS]
 
 
 COLUMNS = 256
@@ -527,14 +542,17 @@ class Chain:
         """x (B, 1, T) float32 -> the same shape; x itself is not changed. Rows do not depend on each other."""
         if x.dim() != 3 or x.shape[1] != 1:
             raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
-        y = x.clone()
-        for name, transform in self.transforms.items():
+        for name in self.transforms:
             if draws[name].shape != x.shape[:1]:
                 raise ValueError(f"expected draws for {x.shape[0]} examples, got {draws[name].shape[0]} for {name}")
-            rows = draws[name].nonzero().flatten()
-            if len(rows):
-                values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
-                y[rows.to(y.device)] = transform.apply(y[rows.to(y.device)], self.sample_rate, **values)
+        y = x.clone()
+        for block in _blocks(len(x), x.device, 32):
+            for name, transform in self.transforms.items():
+                rows = draws[name][block].nonzero().flatten() + block.start
+                if len(rows):
+                    values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
+                    rows = rows.to(y.device)
+                    y[rows] = transform.apply(y[rows], self.sample_rate, **values)
         return y
 
 
