@@ -1,13 +1,13 @@
 """Turn a collection of recordings into one prepared folder that trains at the speed of memory.
 
-    python prepare.py --data demo                                                # the music in this repository, seconds
-    python prepare.py --data folder --root ~/music --name mine                   # any folder of audio, for pre-training
-    python prepare.py --data folder --root ~/music --labels tags.csv --name mine # with tags and splits, for evaluation
-    python prepare.py --data mtat --root ~/magnatagatune --download              # a published data set, its own split
-    python prepare.py --data msd --root ~/msd --dry-run                          # hours and bytes, before the work
-    python prepare.py --data msd --root ~/msd --shard 2/4                        # a quarter on each of four machines, then
-    python prepare.py --merge data/msd.shard-*-of-4 --name msd                   # ... the same bytes as from one machine
-    python prepare.py --check mine                                               # is data/mine still what was written?
+    python prepare.py --data demo                                                 # the music in this repository
+    python prepare.py --data folder --root ~/music --name mine                    # any folder of audio, no labels
+    python prepare.py --data folder --root ~/music --labels tags.csv --name mine  # with tags and splits, for evaluation
+    python prepare.py --data mtat --root ~/magnatagatune --download               # a published data set, its own split
+    python prepare.py --data msd --root ~/msd --dry-run                           # hours and bytes, before the work
+    python prepare.py --data msd --root ~/msd --shard 2/4                         # a quarter on each of four machines,
+    python prepare.py --data msd --root ~/msd --merge 4                           # joined: the same bytes as from one
+    python prepare.py --check mine                                                # is data/mine still what was written?
 
 Leaves `data/NAME/`, until it is complete as `data/NAME.partial/`; an interrupted run continues there:
     audio.npy   int16, 1-D: every clip's samples back to back, mono (memory-mapped, never loaded whole)
@@ -34,10 +34,13 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +56,7 @@ except ImportError:
 SAMPLE_RATE = 22050  # Hz, section 3.3; stands only here, then in the data's meta, then in the checkpoint
 SPLITS = ("train", "valid", "test")
 FULL_SCALE = 32768  # int16 sample = waveform x 32768
-AUDIO = set(".wav .wave .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .m4a .aac .wma".split())
+AUDIO = set(".wav .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .m4a .aac .wma".split())
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"length": np.int64, "split": np.uint8, "group": np.int64, "labels": np.uint8, "id": str, "sha256": np.uint8,
            "rate": np.int32, "peak": np.float32, "clipped": np.float32}  # of clips.npz, and start
@@ -76,25 +79,23 @@ def decode(path, sample_rate=SAMPLE_RATE):
 
 
 def load(path, sample_rate):
-    """`decode`, and facts of the source: returns (waveform (T,), {rate (Hz), peak, clipped (share of flat-topped samples)})."""
-    path = Path(path)
+    """`decode`, and of the source: (waveform (T,), {rate in Hz, peak, clipped: the share of flat-topped samples})."""
+    path, blocks = Path(path), []
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
-    blocks = []
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             rate, promised, log = file.samplerate, file.frames, file.extra_info
-            # Block by block: a 40-minute stereo track in one piece would take four times the memory. (And not by
+            # Block by block: a 40-minute stereo track in one piece would take four times the memory. (Not by
             # SoundFile.blocks, which fills up a file that ends early with whatever is in memory.)
             while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
                 blocks.append(block @ np.full(block.shape[1], 1 / block.shape[1], np.float32))
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        reason = "not recognised as audio" if "does not exist" in reason else reason  # what libsndfile says of a bad mp3
-        raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff, "
-                         "other formats want converting first") from None
+        reason = "not recognised as audio" if "does not exist" in reason else reason  # libsndfile, of a bad mp3
+        raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff") from None
     x = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     if len(x) == 0:
         raise ValueError(f"{path}: no samples in it")
@@ -107,43 +108,37 @@ def load(path, sample_rate):
         raise ValueError(f"{path}: {int((~np.isfinite(x)).sum())} of {len(x)} samples are NaN or infinite")
     peak = float(np.abs(x).max())
     flat = np.abs(x) >= 0.9999 * peak
-    clipped = float((flat[:-2] & flat[1:-1] & flat[2:]).sum() / len(x)) if peak > 0.9 else 0.0
+    clipped = float((flat[:-2] & flat[1:-1] & flat[2:]).mean()) if peak > 0.9 and len(x) > 2 else 0.0
     x = resample(torch.from_numpy(x), rate, sample_rate)
     return x / x.abs().max().clamp(min=1), {"rate": rate, "peak": peak, "clipped": clipped}
 
 
 def resample(x, rate, new_rate):
-    """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate / rate),); flat to 0.9 Nyquist.
+    """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate / rate),).
 
     >>> resample(torch.zeros(44100), 44100, 22050).shape
     torch.Size([22050])
     """
-    common = math.gcd(rate, new_rate)
-    up, down = new_rate // common, rate // common
-    if up == down:
+    if rate == new_rate:
         return x
-    n = math.ceil(len(x) * up / down)
-    if up * down > 2_000_000:
-        # An odd rate (44,099 Hz) would need gigabytes of filters: cut the spectrum instead. The transform must span whole
-        # periods of both rates; the silence added keeps the end from ringing into the start.
-        periods = len(x) // down + 2
-        return torch.fft.irfft(torch.fft.rfft(x, periods * down)[: periods * up // 2 + 1], periods * up)[:n] * (up / down)
-    filters, width, hop = _filters(up, down)
-    frames = torch.nn.functional.pad(x, (width, width + hop)).unfold(0, len(filters), hop)
+    # Of an odd rate (44,099 Hz) the nearest ratio of small numbers, below half a cent off: the exact one takes gigabytes.
+    ratio = Fraction(new_rate, rate).limit_denominator(1000)
+    filters, width, hop = _filters(ratio.numerator, ratio.denominator)
+    n = math.ceil(len(x) * new_rate / rate)
+    frames = torch.nn.functional.pad(x, (width, width + 2 * hop)).unfold(0, len(filters), hop)
     return (frames @ filters).reshape(-1)[:n]
 
 
 @functools.lru_cache(maxsize=8)
 def _filters(up, down, zeros=32):
-    """Windowed sinc, 32 zero crossings to a side, one column per output phase: (k, phases), margin, and hop in samples.
+    """Windowed sinc, flat to 0.9 Nyquist, a column per output phase: (k, phases), its margin and hop in samples.
 
-    Many phases make one matrix product with few rows; a convolution of stride 2 with one filter takes eight times as long.
+    At least 64 phases: one large matrix product, where a convolution with one filter takes eight times as long.
     """
-    blocks = math.ceil(64 / up)
-    cutoff = 0.99 * min(1.0, up / down)
+    blocks, cutoff = math.ceil(64 / up), 0.99 * min(1.0, up / down)
     width = math.ceil(zeros / cutoff)
-    t = torch.arange(-width, width + down * blocks, dtype=torch.float64)[:, None] - torch.arange(up * blocks) * (down / up)
-    t = (cutoff * t).clamp(-zeros, zeros)
+    t = torch.arange(-width, width + down * blocks).double()[:, None] - torch.arange(up * blocks).double() * down / up
+    t = (cutoff * t).clamp(-zeros, zeros)  # (k, phases)
     return (cutoff * torch.sinc(t) * torch.cos(t * math.pi / (2 * zeros)) ** 2).float(), width, down * blocks
 
 
@@ -172,17 +167,16 @@ class Listing(list):
 
     @classmethod
     def match(cls, clips, files, key=lambda clip: clip.id, unlisted=None, **about):
-        """Give each clip of a table its file out of `files` {key: path}; one without the other is skipped, with reason."""
-        clips, found, skipped = list(clips), [], []
+        """Give each clip of a table its file out of `files` {key: path}; one without the other is skipped."""
+        clips = list(clips)
         for clip in clips:
             clip.file = files.pop(key(clip), None)
-            found.append(clip) if clip.file else skipped.append({"file": clip.id, "reason": "missing: listed, but not there"})
-        if not found:
-            raise FileNotFoundError(f"none of the {len(clips)} recordings listed is there, the first: {skipped[0]['file']}"
+        skipped = [{"file": clip.id, "reason": "missing: listed, but not there"} for clip in clips if not clip.file]
+        if len(skipped) == len(clips):
+            raise FileNotFoundError(f"none of the {len(clips)} recordings listed is there: {skipped[0]['file']}, ..."
                                     if clips else "expected a table that lists recordings, found no row in it")
-        if unlisted:
-            skipped += [{"file": str(name), "reason": unlisted} for name in sorted(files)]
-        return cls(found, skipped=skipped, **about)
+        skipped += [{"file": str(name), "reason": unlisted} for name in sorted(files) if unlisted]
+        return cls([clip for clip in clips if clip.file], skipped=skipped, **about)
 
 
 def audio_files(root, key=lambda relative: relative.as_posix()):
@@ -200,7 +194,7 @@ def audio_files(root, key=lambda relative: relative.as_posix()):
 
 
 def read_table(path, headers=1):
-    """Rows of a CSV (comma, semicolon or tab; plain or .gz) as dicts; several header rows are joined by dots."""
+    """(rows as dicts, columns) of a CSV: comma, semicolon or tab; plain or .gz; header rows are joined by dots."""
     path = Path(path) if Path(path).exists() else Path(f"{path}.gz")
     if not path.exists():
         raise FileNotFoundError(f"{path.with_suffix('')}: expected this table, but it is not there")
@@ -221,48 +215,48 @@ def read_folder(root, labels=None):
 
     Args:
         root: the directory.
-        labels: a CSV with a column `file` (relative to root), optionally `split` (train, valid, test) and `group` (clips
-            of one song share it), and either `tags` ("a; b; c"), or `label`, or one column of 0/1 per tag. Beside `tags`
-            or `label` further columns are ignored. Without `split`, labelled songs are dealt 80 : 10 : 10 by a hash of
-            their group, so that a song always lands in the same split.
+        labels: a CSV with a column `file` (relative to root), optionally `split` (train, valid, test) and `group`
+            (clips of one song share it), and either `tags` ("a; b; c"), or `label`, or one column of 0/1 per tag.
+            Beside `tags` or `label` further columns are ignored. Without `split`, labelled songs are dealt
+            80 : 10 : 10 by a hash of their group, so that a song always lands in the same split.
     """
     files = audio_files(root)
     if labels is None:
         return Listing([Clip(name, path) for name, path in files.items()])
-    rows, columns = read_table(labels)
+    (rows, columns), source = read_table(labels), Path(labels).name
     if "file" not in columns or {"tags", "label"} <= set(columns):
-        raise ValueError(f"{labels}: expected a column `file`, and one of `tags` and `label` at most; found {', '.join(columns)}")
+        raise ValueError(f"{labels}: expected a column `file`, and one of `tags` and `label` at most; "
+                         f"found {', '.join(columns)}")
     free = "tags" in columns or "label" in columns
     names = [] if free else [column for column in columns if column not in ("", "file", "split", "group")]
+    task = "singlelabel" if "label" in columns else "multilabel" if free or names else "none"
     clips = {}
     for line, row in enumerate(rows, 2):
         row = {column: value.strip() for column, value in row.items()}
         name, where = unicodedata.normalize("NFC", row["file"].removeprefix("./")), f"{labels}, line {line}"
+        wrong = [column for column in names if row[column] not in ("0", "1")]
         if name in clips:
             raise ValueError(f"{where}: {name} stands there a second time")
-        if free:
-            tags = tuple(filter(None, map(str.strip, row["tags"].split(";")))) if "tags" in columns else (row["label"],)
-            if tags == ("",):
-                raise ValueError(f"{where}: {name} has no label")
+        if row.get("label") == "":
+            raise ValueError(f"{where}: {name} has no label")
+        if wrong:
+            raise ValueError(f"{where}: expected 0 or 1 in the tag column `{wrong[0]}`, found {row[wrong[0]]!r}; "
+                             "for other columns to be ignored, give the tags in one column `tags` or `label`")
+        if "label" in columns:
+            tags = [row["label"]]
         else:
-            wrong = [column for column in names if row[column] not in ("0", "1")]
-            if wrong:
-                raise ValueError(f"{where}: expected 0 or 1 in the tag column `{wrong[0]}`, found {row[wrong[0]]!r}; to have "
-                                 "further columns ignored, give the tags in one column `tags` or `label`")
-            tags = tuple(column for column in names if row[column] == "1")
+            tags = row["tags"].split(";") if free else [column for column in names if row[column] == "1"]
         group = row.get("group") or name
-        split = row.get("split", "train")
-        if "split" not in columns and (free or names):
-            byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0]
-            split = "train" if byte < 205 else "valid" if byte < 230 else "test"
+        byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0] if free or names else 0
+        split = row.get("split", "train" if byte < 205 else "valid" if byte < 230 else "test")
         split = {"validation": "valid", "val": "valid"}.get(split, split)
         if split not in SPLITS:
             raise ValueError(f"{where}: expected train, valid or test in the column `split`, found {split!r}")
-        clips[name] = Clip(name, None, split, group, tags)
-    task = "singlelabel" if "label" in columns else "multilabel" if free or names else "none"
-    split_name = f"column split of {Path(labels).name}" if "split" in columns else "all train" if task == "none" else "80:10:10 by song"
-    return Listing.match(sorted(clips.values(), key=lambda clip: clip.id), files, unlisted=f"no row in {Path(labels).name}", task=task,
-                         tags=names or sorted({tag for clip in clips.values() for tag in clip.tags}), split_name=split_name)
+        clips[name] = Clip(name, None, split, group, tuple(tag.strip() for tag in tags if tag.strip()))
+    dealt = "80:10:10 by song" if task != "none" else "all train"
+    return Listing.match(sorted(clips.values(), key=lambda clip: clip.id), files, unlisted=f"no row in {source}",
+                         task=task, tags=names or sorted({tag for clip in clips.values() for tag in clip.tags}),
+                         split_name=f"column split of {source}" if "split" in columns else dealt)
 
 
 def read_demo(root=None):
@@ -277,7 +271,7 @@ def _published(name):
         try:
             from splits.published import READERS
         except ImportError:
-            raise FileNotFoundError(f"--data {name} needs the folder splits/ of the repository beside prepare.py") from None
+            raise FileNotFoundError(f"--data {name} needs the repository's folder splits/ beside prepare.py") from None
         return READERS[name](root, **options)
     return read
 
@@ -288,8 +282,8 @@ DATASETS = {"folder": read_folder, "demo": read_demo,
 
 # ------------------------------------------------------------------------------------------------ the prepared folder
 
-def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max_skipped=0.01, timeout=300.0, shard=None,
-          merge=None, command="", progress=True, load=load):
+def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max_skipped=0.01, timeout=300.0,
+          shard=None, merge=None, command="", progress=True, load=load):
     """Decode a listing into the prepared folder `out`; what an interrupted run left in `out.partial` is not done again.
 
     Args:
@@ -310,24 +304,24 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
         ValueError: too many files cannot be used, or none can.
         OSError: the disk is too small or full; names the bytes needed and free.
     """
-    out, parts = Path(out), [len(listing) * k // (shard or (1, 1))[1] for k in range((shard or (1, 1))[1] + 1)]
-    plan = [sample_rate, segment, listing.task, listing.tags, listing.skipped, [[c.id, c.split, c.group, c.tags] for c in listing]]
+    out, (i, n) = Path(out), shard or (1, 1)
+    plan = [sample_rate, segment, listing.task, listing.tags, listing.skipped,
+            [[clip.id, clip.split, clip.group, clip.tags] for clip in listing]]
     plan = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-    place = lambda i, n: out.with_name(f"{out.name}.shard-{i}-of-{n}")
-    clips = listing[parts[shard[0] - 1] : parts[shard[0]]] if shard else list(listing)
-    with Partial(place(*shard) if shard else out) as partial:
+    parts = [out.with_name(f"{out.name}.shard-{k + 1}-of-{merge or n}") for k in range(merge or n)]
+    clips = listing[len(listing) * (i - 1) // n : len(listing) * i // n]
+    with Partial(parts[i - 1] if shard else out) as partial:
         if (out / "meta.json").exists():
             meta = json.loads((out / "meta.json").read_text())
             if meta["plan"] != plan:
-                raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); give another "
-                                      f"--name, or remove it: rm -r {shlex.quote(str(out))}")
+                raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); "
+                                      f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
             return meta
-        done = partial.resume(plan, clips, [place(i + 1, merge) for i in range(merge or 0)])
+        done = partial.resume(plan, clips, parts if merge else ())
         todo, free = clips[len(done):], shutil.disk_usage(partial.folder).free
-        if free < 60 * sum(map(_size, todo)):
-            # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
-            if free < (need := estimate(todo, sample_rate, timeout, load)[0]):
-                raise OSError(f"{out}: about {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
+        # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
+        if free < 60 * sum(map(_size, todo)) and free < (need := estimate(todo, sample_rate, timeout, load)[0]):
+            raise OSError(f"{out}: about {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
         jobs = [(str(clip.file), sample_rate, round(segment * sample_rate) if segment else None) for clip in todo]
         with tqdm(total=len(clips), initial=len(done), unit="file", desc="decoding", disable=not progress,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
@@ -335,18 +329,21 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                 try:
                     partial.append({**entry, "size": _size(clips[len(done)])}, samples)
                 except OSError as error:
-                    need, free = partial.size / max(1, len(done)) * (len(clips) - len(done)), shutil.disk_usage(partial.folder).free
-                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need / 1e9:.2f} GB are needed, "
-                                  f"{free / 1e9:.2f} GB are free; what is done is kept, the same command continues") from None
+                    need = partial.size / max(1, len(done)) * (len(clips) - len(done)) / 1e9
+                    free = shutil.disk_usage(partial.folder).free / 1e9
+                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need:.2f} GB more are "
+                                  f"needed, {free:.2f} GB are free; what is done is kept, the same command continues") from None
                 done.append(entry)
                 bar.update()
-        return None if shard else partial.seal(listing, done, max_skipped, {"sample_rate": sample_rate, "plan": plan, "command": command})
+        head = {"name": out.name, "sample_rate": sample_rate, "plan": plan, "command": command}
+        return None if shard else partial.seal(listing, done, max_skipped, head)
 
 
 def estimate(clips, sample_rate, timeout=60.0, load=load):
     """Bytes a list of Clip will take, and seconds of one core, from decoding up to eight of them."""
     some, start = clips[:: max(1, len(clips) // 8)][:8], time.monotonic()
-    size = sum(len(samples) for _, samples in _pool([(str(clip.file), sample_rate, None) for clip in some], 1, min(timeout, 60), load))
+    jobs = [(str(clip.file), sample_rate, None) for clip in some]
+    size = sum(len(samples) for _, samples in _pool(jobs, 1, min(timeout, 60), load))
     scale = sum(map(_size, clips)) / max(1, sum(map(_size, some)))
     return int(size * scale), (time.monotonic() - start) * scale
 
@@ -356,7 +353,7 @@ def _size(clip):
 
 
 class Partial:
-    """A prepared folder in the making, NAME.partial: locked against a second run, journalled, moved into place by `seal`."""
+    """A prepared folder in the making, NAME.partial: locked against a second run, journalled, moved into place."""
 
     def __init__(self, out):
         self.out, self.folder, self.audio, self.journal = Path(out), Path(f"{out}.partial"), None, None
@@ -369,7 +366,7 @@ class Partial:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.close()
-            raise FileExistsError(f"{self.out}: another run is preparing it; wait for it, or give another --name") from None
+            raise FileExistsError(f"{self.out}: another run is preparing it; wait, or give another --name") from None
         return self
 
     def __exit__(self, *_):
@@ -384,73 +381,76 @@ class Partial:
         if not all(path.exists() for path in paths) or paths[0].read_text() != plan:
             with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
                 audio.write(bytes(128))  # room for the header, which needs the final length
-                for shard in shards:
-                    with Partial(shard) as part:
-                        if not (part.folder / "plan").exists() or (part.folder / "plan").read_text() != plan:
-                            raise ValueError(f"{part.folder}: expected a shard of the same files and flags; run its --shard again")
-                        with open(part.folder / "audio.npy", "rb") as file:
-                            file.seek(128)
-                            shutil.copyfileobj(file, audio, 1 << 24)
-                        journal.write((part.folder / "journal.jsonl").read_bytes())
+                for part in (Path(f"{shard}.partial") for shard in shards):
+                    if not (part / "plan").exists() or (part / "plan").read_text() != plan:
+                        raise ValueError(f"{part}: expected a finished shard of the same files and flags; run it first")
+                    with open(part / "audio.npy", "rb") as file:
+                        file.seek(128)
+                        shutil.copyfileobj(file, audio, 1 << 24)
+                    journal.write((part / "journal.jsonl").read_bytes())
             paths[0].write_text(plan)
         done, self.size, keep = [], 128, 0
         for line, clip in zip(paths[2].read_bytes().splitlines(True), clips):
-            entry = json.loads(line) if line.endswith(b"\n") else None
-            if entry is None or entry["size"] != _size(clip) or self.size + 2 * sum(entry["lengths"]) > paths[1].stat().st_size:
+            entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
+            size = self.size + 2 * sum(entry["lengths"])
+            if size > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
                 break
             done.append(entry)
-            self.size, keep = self.size + 2 * sum(entry["lengths"]), keep + len(line)
+            self.size, keep = size, keep + len(line)
         os.truncate(paths[1], self.size)
         os.truncate(paths[2], keep)
-        self.audio, self.journal = open(paths[1], "ab", buffering=0), open(paths[2], "ab", buffering=0)
+        self.audio, self.journal = open(paths[1], "ab"), open(paths[2], "ab")
         return done
 
     def append(self, entry, samples):
         """Samples first, then the journal line that vouches for them."""
         for file, data in ((self.audio, samples), (self.journal, json.dumps(entry).encode() + b"\n")):
-            data = memoryview(data)
-            while data:
-                data = data[file.write(data):]
+            file.write(data)
+            file.flush()
         self.size += len(samples)
 
     def seal(self, listing, done, max_skipped, head):
         """Judge the losses, write the tables and move the folder into place. Returns the meta."""
-        skipped = listing.skipped + [{"file": c.id, "reason": e["reason"]} for c, e in zip(listing, done) if not e["lengths"]]
-        kinds = {kind: [s for s in skipped if s["reason"].startswith(kind)] for kind in ("missing", "broken", "no row")}
-        lost = [s for s in kinds["missing"] + kinds["broken"] if s["file"] not in listing.broken]
+        skipped = listing.skipped + [{"file": clip.id, "reason": entry["reason"]}
+                                     for clip, entry in zip(listing, done) if not entry["lengths"]]
+        lost = [s for s in skipped if not s["reason"].startswith("no row") and s["file"] not in listing.broken]
         total = len(listing) + sum(s["reason"].startswith("missing") for s in listing.skipped)
         first = f"; the first: {lost[0]['file']}: {lost[0]['reason']}" if lost else ""
         if not any(entry["lengths"] for entry in done):
             raise ValueError(f"none of {total} files can be used{first}")
         if len(lost) > max_skipped * total:
-            raise ValueError(f"{len(lost)} of {total} files cannot be used, and --max-skipped is {max_skipped:g}{first} (repair them, or "
-                             f"type --max-skipped {math.ceil(1000 * len(lost) / total) / 1000:g}; nothing will be decoded twice)")
-        rows, songs = [], {}
+            enough = math.ceil(1000 * len(lost) / total) / 1000
+            raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
+                             f"(repair them, or type --max-skipped {enough:g}; nothing will be decoded twice)")
+        rows, songs, rate = [], {}, head["sample_rate"]
         for clip, entry in zip(listing, done):
-            song, labels = songs.setdefault(clip.group or clip.id, len(songs)), [tag in clip.tags for tag in listing.tags]
-            begin = 0
+            song, begin = songs.setdefault(clip.group or clip.id, len(songs)), 0
+            labels = np.array([tag in clip.tags for tag in listing.tags], np.uint8)
             for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
-                name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / head['sample_rate']:.6g}"
-                rows.append((length, SPLITS.index(clip.split), song, np.array(labels, np.uint8), name,
-                             np.frombuffer(bytes.fromhex(digest), np.uint8), entry["rate"], entry["peak"], entry["clipped"]))
+                name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / rate:.6g}"
+                digest = np.frombuffer(bytes.fromhex(digest), np.uint8)
+                rows.append((length, SPLITS.index(clip.split), song, labels, name, digest, entry["rate"], entry["peak"],
+                             entry["clipped"]))
                 begin += length
         arrays = {key: np.array(column, kind) for (key, kind), column in zip(COLUMNS.items(), zip(*rows))}
         arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
-        named = lambda chosen: arrays["id"][chosen].tolist()
         count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
-        unlike = np.unique(arrays["sha256"], axis=0, return_index=True)[1]
-        report = {"found": total - len(kinds["missing"]), **{kind: len(files) for kind, files in kinds.items()},
-                  "shorter than 3 s": named(arrays["length"] < 3 * head["sample_rate"]), "silent": named(arrays["peak"] < 1e-4),
-                  "clipped": named(arrays["clipped"] > 1e-3), "turned down": named(arrays["peak"] > 1),
-                  "duplicate": named(~np.isin(np.arange(len(rows)), unlike)),
-                  "rates": {str(rate): int(n) for rate, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
-        meta = {"name": self.out.name, **head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
+        named = lambda chosen: arrays["id"][chosen].tolist()
+        original = np.unique(arrays["sha256"], axis=0, return_index=True)[1]
+        kinds = {kind: sum(s["reason"].startswith(kind) for s in skipped) for kind in ("missing", "broken", "no row")}
+        report = {"found": total - kinds["missing"], **kinds, "shorter than 3 s": named(arrays["length"] < 3 * rate),
+                  "silent": named(arrays["peak"] < 1e-4), "clipped": named(arrays["clipped"] > 1e-3),
+                  "turned down": named(arrays["peak"] > 1),
+                  "duplicate": named(~np.isin(np.arange(len(rows)), original)),
+                  "rates": {str(hz): int(n) for hz, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
+        meta = {**head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
                 "published": listing.published, "clips": count(lambda own: int(own.sum())),
                 "songs": count(lambda own: len(np.unique(arrays["group"][own]))),
-                "hours": count(lambda own: round(float(arrays["length"][own].sum()) / head["sample_rate"] / 3600, 4)),
-                "skipped": skipped, "report": report, "fingerprint": fingerprint(arrays, head["sample_rate"], listing.tags)}
+                "hours": count(lambda own: round(float(arrays["length"][own].sum()) / rate / 3600, 4)),
+                "skipped": skipped, "report": report, "fingerprint": fingerprint(arrays, rate, listing.tags)}
         with open(self.folder / "audio.npy", "r+b") as audio:
-            np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": (int(arrays["length"].sum()),)})
+            shape = (int(arrays["length"].sum()),)
+            np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": shape})
             os.fsync(audio.fileno())
         np.savez(self.folder / "clips.npz", **arrays)
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -463,65 +463,57 @@ class Partial:
 def _pool(jobs, workers, timeout, load):
     """Yield (entry, int16 bytes) of each job (file, rate, segment), in order.
 
-    Not multiprocessing.Pool: there, a decoder that crashes or hangs takes the whole run with it. Here each worker has a
-    pipe of its own; one that dies or oversleeps is replaced, and the file it had is the only one lost.
+    Not multiprocessing.Pool: there, a decoder that crashes or hangs takes the whole run with it. Here a thread looks
+    after each decoding process and replaces it; the file it had is the only one lost.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    running, ready, held = {}, {}, 0  # pipe -> [process, job, deadline]; job -> result; bytes in ready
-    following = turn = 0
+    idle, local, processes = deque(), threading.local(), set()
 
-    def replace(pipe=None):
-        code = None
-        if pipe:
-            process = running.pop(pipe)[0]
-            process.kill()
-            process.join()
-            code = process.exitcode
-            pipe.close()
+    def start():
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs, load), daemon=True)
         process.start()
+        processes.add(process)
         theirs.close()
-        running[ours] = [process, None, math.inf]
-        return code
+        return ours, process
 
+    def decode_one(job):
+        if getattr(local, "worker", None) is None:
+            local.worker = idle.popleft() if idle else start()
+        pipe, process = local.worker
+        try:
+            pipe.send(job)
+            if pipe.poll(timeout):
+                return pipe.recv(), pipe.recv_bytes()
+            reason = f"not decoded after {timeout:g} s"
+        except (EOFError, OSError):
+            process.join(1)
+            reason = f"it crashes the decoder (exit code {process.exitcode})"
+        local.worker = None
+        process.kill()
+        return {"lengths": [], "reason": f"broken: {reason}"}, b""
+
+    idle.extend(start() for _ in range(min(workers, len(jobs))))
+    threads, waiting = ThreadPoolExecutor(workers), deque()
     try:
-        for _ in range(min(workers, len(jobs))):
-            replace()
-        while turn < len(jobs):
-            for pipe, slot in running.items():
-                # One slow file holds up the others' results: let them run ahead, but not out of memory.
-                if slot[1] is None and following < len(jobs) and held < 1 << 29:
-                    pipe.send(jobs[following])
-                    slot[1:] = following, time.monotonic() + timeout
-                    following += 1
-            soonest = min(slot[2] for slot in running.values())
-            for pipe in wait(list(running), max(0.0, min(soonest - time.monotonic(), 3600))):
-                job = running[pipe][1]
-                try:
-                    ready[job] = pipe.recv(), pipe.recv_bytes()
-                    running[pipe][1:] = None, math.inf
-                except (EOFError, OSError):
-                    ready[job] = {"lengths": [], "reason": f"broken: it crashes the decoder (exit code {replace(pipe)})"}, b""
-                held += len(ready[job][1])
-            for pipe in [pipe for pipe, slot in running.items() if slot[2] < time.monotonic()]:
-                ready[running[pipe][1]] = {"lengths": [], "reason": f"broken: not decoded after {timeout:g} s"}, b""
-                replace(pipe)
-            while turn in ready:
-                held -= len(ready[turn][1])
-                yield ready.pop(turn)
-                turn += 1
+        for job in jobs:
+            waiting.append(threads.submit(decode_one, job))
+            if len(waiting) > 8 * workers:  # a slow file holds up the others: let them run ahead, not out of memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        for process, _, _ in running.values():
+        for process in processes:
             process.kill()
+        threads.shutdown(cancel_futures=True)
 
 
 def _worker(pipe, load):
     """A decoding process: (file, rate, segment) in, journal entry and int16 bytes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk on stderr, into the progress bar
-    if multiprocessing.get_start_method(True) != "spawn" and sys.platform == "linux":
-        # A fork holds the parent's lock and its ends of the other pipes: with them a worker would outlive a killed parent.
+    if sys.platform == "linux":
+        # A fork holds the parent's lock and its ends of the other pipes: with them it would outlive a killed parent.
         os.closerange(3, pipe.fileno())
         os.closerange(pipe.fileno() + 1, 1 << 16)
     torch.set_num_threads(1)
@@ -534,17 +526,19 @@ def _worker(pipe, load):
             waveform, facts = load(file, sample_rate)
             samples = (waveform * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
         except Exception as error:  # whatever a decoder throws costs this file alone
-            kind = "missing" if isinstance(error, FileNotFoundError) else "broken"
-            entry, samples = {"lengths": [], "reason": f"{kind}: " + (str(error).replace(f"{file}: ", "") or repr(error))}, np.zeros(0)
+            reason = str(error).replace(f"{file}: ", "") or repr(error)
+            reason = f"{'missing' if isinstance(error, FileNotFoundError) else 'broken'}: {reason}"
+            entry, samples = {"lengths": [], "reason": reason}, np.zeros(0)
         else:
             parts = np.split(samples, range(segment, len(samples) - segment // 2, segment)) if segment else [samples]
-            entry = {"lengths": [len(p) for p in parts], "sha256": [hashlib.sha256(p).hexdigest() for p in parts], **facts}
+            digests = [hashlib.sha256(part).hexdigest() for part in parts]
+            entry = {"lengths": [len(part) for part in parts], "sha256": digests, **facts}
         pipe.send(entry)
         pipe.send_bytes(samples.tobytes())
 
 
 def fingerprint(arrays, sample_rate, tags):
-    """sha256 over everything that training and evaluation can see: samples, splits, songs, labels, rate, tags in order."""
+    """sha256 over all that training and evaluation can see: samples, splits, songs, labels, rate, tags in order."""
     digest = hashlib.sha256(json.dumps([sample_rate, list(tags), arrays["id"].tolist()]).encode())
     for key in ("length", "split", "group", "labels", "sha256"):
         digest.update(np.ascontiguousarray(arrays[key]).tobytes())
@@ -554,25 +548,27 @@ def fingerprint(arrays, sample_rate, tags):
 def find(data):
     """The prepared folder that a name under data/ or a path means; FileNotFoundError says what to type.
 
-    >>> find("nosuch")
+    >>> find("nosuch")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    FileNotFoundError: nosuch: not prepared, neither data/nosuch nor nosuch; type: python prepare.py --data folder --root MUSIC --name nosuch
+    FileNotFoundError: nosuch: not prepared ...; type: python prepare.py --data folder --root MUSIC --name nosuch
     """
     for folder in (Path("data", str(data)), Path(data)):
         if (folder / "meta.json").is_file():
             return folder
     name = Path(data).name
-    flags = f"folder --root MUSIC --name {name}" if name in ("folder", "") or name not in DATASETS else name if name == "demo" else f"{name} --root DIR"
-    raise FileNotFoundError(f"{data}: not prepared, neither {Path('data', str(data))} nor {data}; type: python prepare.py --data {flags}")
+    known = f"{name} --root DIR" if name != "demo" else name
+    flags = known if name in DATASETS else f"folder --root MUSIC --name {name}"
+    raise FileNotFoundError(f"{data}: not prepared (expected {Path('data', str(data), 'meta.json')}, or the path of a "
+                            f"prepared folder); type: python prepare.py --data {flags}")
 
 
 class Clips:
     """The clips of a prepared folder (as `find` returns it), or of one of its splits (train, valid, test).
 
     Attributes: labels (N, K) uint8, group (N,) int64, length (N,) int64 samples, id (N,) str, split (N,) uint8 0 train
-    1 valid 2 test, sha256 (N, 32) uint8 of the samples, tags, task, sample_rate, fingerprint, name, meta, folder. Tables
-    are numpy, audio is torch; indices count inside this view. Waveforms stay on disk and are mapped, so an object is
-    small and may be handed to other processes.
+    1 valid 2 test, sha256 (N, 32) uint8 of the samples, tags, task, sample_rate, fingerprint, name, meta, folder.
+    Tables are numpy, audio is torch; indices count inside this view. Waveforms stay on disk and are mapped, so an
+    object is small and may be handed to other processes.
     """
 
     def __init__(self, folder, split=None):
@@ -588,9 +584,11 @@ class Clips:
             for key in ("tags", "task", "sample_rate", "fingerprint", "name"):
                 setattr(self, key, self.meta[key])
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py, but {Path(error.filename).name} is missing") from None
+            missing = Path(error.filename).name
+            raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py; {missing} is missing") from None
         except Exception as error:  # a damaged zip or JSON file has many ways to say so
-            raise ValueError(f"{folder}: expected a folder made by prepare.py; it cannot be read ({error}), prepare it again") from None
+            raise ValueError(f"{folder}: expected a folder made by prepare.py; it cannot be read ({error}), "
+                             "prepare it again") from None
 
     def __len__(self):
         return len(self.length)
@@ -616,9 +614,10 @@ class Clips:
         """
         index, start = np.asarray(index, np.int64).reshape(-1), np.asarray(start, np.int64).reshape(-1)
         if len(index) != len(start) or not ((0 <= index) & (index < len(self))).all():
-            raise ValueError(f"expected one start per clip and clips in 0 .. {len(self) - 1}, got {len(start)} starts for {index}")
+            raise ValueError(f"expected one start per clip, in 0 .. {len(self) - 1}; got {len(start)} for {index}")
         for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
-            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, {self.length[index[b]]} samples")
+            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, "
+                             f"{self.length[index[b]]} samples long")
         rows = np.empty((len(index), n_samples), np.int16)
         for row, first in zip(rows, (self.start[index] + start).tolist()):
             row[:] = self.audio[first : first + n_samples]
@@ -627,14 +626,14 @@ class Clips:
 
 def check(folder, progress=False):
     """Read every sample of a prepared folder again: a list of what is not as it was written, one line each."""
-    clips = Clips(folder)
-    wrong = [] if fingerprint(vars(clips), clips.sample_rate, clips.tags) == clips.fingerprint else [
-        "clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit"]
+    clips, wrong = Clips(folder), []
+    if fingerprint(vars(clips), clips.sample_rate, clips.tags) != clips.fingerprint:
+        wrong.append("clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit")
     try:
         if len(clips.audio) != clips.length.sum():
-            return wrong + [f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
+            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
     except (OSError, ValueError) as error:
-        return wrong + [f"audio.npy cannot be read: {error}"]
+        return [*wrong, f"audio.npy cannot be read: {error}"]
     for i in tqdm(range(len(clips)), desc="checking", unit="clip", disable=not progress):
         samples = np.ascontiguousarray(clips.audio[clips.start[i] : clips.start[i] + clips.length[i]])
         if hashlib.sha256(samples).digest() != clips.sha256[i].tobytes():
@@ -647,15 +646,17 @@ def check(folder, progress=False):
 def summary(meta):
     """The closing table of a prepared folder, as text."""
     lines = [f"{'':6}{'clips':>9}{'published':>11}{'songs':>9}{'hours':>9}"]
-    for split, published in zip(SPLITS, meta["published"] or ("",) * 3):
-        lines.append(f"{split:6}{meta['clips'][split]:>9,}{published:>11}{meta['songs'][split]:>9,}{meta['hours'][split]:>9.2f}")
+    for split, count in zip(SPLITS, meta["published"] or ("",) * 3):
+        clips, songs, hours = (meta[key][split] for key in ("clips", "songs", "hours"))
+        lines.append(f"{split:6}{clips:>9,}{count:>11}{songs:>9,}{hours:>9.2f}")
     for kind, files in meta["report"].items():
-        files = f"{len(files)}: {', '.join(files[:3])}{', ...' * (len(files) > 3)}" if isinstance(files, list) and files else files
-        lines += [f"{kind}: {files}".replace("rates: ", "Hz of the files: ")] if files else []
+        if files and isinstance(files, list):
+            files = f"{len(files)}: {', '.join(files[:3])}{', ...' * (len(files) > 3)}"
+        lines += [f"{kind}: {files}"] if files else []
     lines += [f"  {s['file']}: {s['reason']}" for s in meta["skipped"][:20]]
     lines += [f"  ... and {len(meta['skipped']) - 20} more, see meta.json"] * (len(meta["skipped"]) > 20)
-    return "\n".join([*lines, f"{meta['task']}, {len(meta['tags'])} tags; split: {meta['split_name']}; {meta['sample_rate']} Hz",
-                      f"fingerprint {meta['fingerprint']}"])
+    about = f"{meta['task']}, {len(meta['tags'])} tags; split: {meta['split_name']}; {meta['sample_rate']} Hz"
+    return "\n".join([*lines, about, f"fingerprint {meta['fingerprint']}"])
 
 
 def build_parser():
@@ -666,11 +667,12 @@ def build_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=sorted(DATASETS), help="which reader")
     data.add_argument("--root", type=Path, help="where the recordings are")
-    data.add_argument("--labels", type=Path, metavar="FILE.csv", help="folder: columns file, [split], [group], and tags, label or 0/1 columns")
+    data.add_argument("--labels", type=Path, metavar="FILE.csv",
+                      help="folder: columns file, [split], [group], and tags (a; b), or label, or 0/1 per tag")
     data.add_argument("--split", choices=("all", "labelled"), help="mtat: which clips; by default all")
-    data.add_argument("--subset", choices=("small", "medium", "large", "full"), help="fma: which part; by default medium")
-    data.add_argument("--download", action="store_true", help="fetch what is missing into --root first (mtat, gtzan, fma)")
-    data.add_argument("--name", help="of the prepared folder under data/; by default that of the data set, or of --root")
+    data.add_argument("--subset", choices=("small", "medium", "large", "full"), help="fma: by default medium")
+    data.add_argument("--download", action="store_true", help="fetch what is missing into --root (mtat, gtzan, fma)")
+    data.add_argument("--name", help="of the folder under data/; by default that of the data set, or of --root")
     data.add_argument("--out", type=Path, help="the prepared folder, instead of data/NAME")
     data.add_argument("--segment", type=float, metavar="SECONDS", help="cut longer files into clips of the same song")
     data.add_argument("--sample-rate", type=int, default=SAMPLE_RATE, help="Hz")
@@ -685,54 +687,65 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    parser, argv = build_parser(), sys.argv[1:] if argv is None else list(argv)
+def _read_arguments(argv):
+    """Arguments that fit together; the parser's error (exit code 2) says what does not."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names in any encoding
-    options = {key: getattr(args, key) for key in ("labels", "split", "subset") if getattr(args, key)}
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard or "1/1")
-    shard = shard and tuple(map(int, shard.groups()))
-    if not args.check:
-        wrong = [f"{flag}: expected a number above 0, got {value}" for flag, value in
-                 (("--workers", args.workers), ("--timeout", args.timeout), ("--sample-rate", args.sample_rate),
-                  ("--segment", args.segment), ("--merge", args.merge)) if value is not None and not value > 0]
-        wrong += [f"--{key} goes with --data {owner}" for key, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma"))
-                  if key in options and args.data != owner]
-        wrong += [f"{path}: no such file or folder" for path in (args.root, args.labels)
-                  if path and not path.exists() and not (args.download and path == args.root)]
-        if not args.data:
-            wrong.insert(0, f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME")
-        elif not args.root and args.data != "demo":
-            wrong.insert(0, f"--data {args.data} needs --root DIR, the folder with the recordings")
-        if not shard or not 1 <= shard[0] <= shard[1]:
-            wrong.append(f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")
-        if wrong:
-            parser.error(wrong[0])
     try:
         if args.check:
-            try:
-                folder = find(args.check)
-            except FileNotFoundError as error:
-                parser.error(str(error))
-            faults = check(folder, progress=True)
-            print("\n".join([*faults[:20], f"{folder}: {len(faults)} faults"]) if faults else f"{summary(Clips(folder).meta)}\n{folder}: as it was written")
+            args.check = find(args.check)
+            return args
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if not args.data:
+        parser.error(f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME")
+    if not args.root and args.data != "demo":
+        parser.error(f"--data {args.data} needs --root DIR, the folder with the recordings")
+    for path in (args.root, args.labels):
+        if path and not path.exists() and not (args.download and path == args.root):
+            parser.error(f"{path}: no such file or folder")
+    for name, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma")):
+        if getattr(args, name) and args.data != owner:
+            parser.error(f"--{name} goes with --data {owner}")
+    for name in ("workers", "timeout", "sample_rate", "segment", "merge"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(args, name)}")
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard) if args.shard else None
+    args.shard = (int(shard[1]), int(shard[2])) if shard else args.shard
+    if args.shard and (not shard or not 1 <= args.shard[0] <= args.shard[1]):
+        parser.error(f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")
+    return args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _read_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names in any encoding
+    try:
+        if args.check:
+            faults = check(args.check, progress=True)
+            print("\n".join(faults[:20]) or summary(Clips(args.check).meta))
+            print(f"{args.check}: {f'{len(faults)} faults' if faults else 'as it was written'}")
             return 1 if faults else 0
         if args.download:
             from splits.published import fetch
             fetch(args.data, args.root, args.subset or "medium")
         out = args.out or Path("data", args.name or (args.data if args.data != "folder" else args.root.resolve().name))
+        options = {name: getattr(args, name) for name in ("labels", "split", "subset") if getattr(args, name)}
         listing = DATASETS[args.data](args.root, **options)
         if args.dry_run:
             size, seconds = estimate(listing, args.sample_rate, args.timeout)
             clips = ", ".join(f"{sum(clip.split == split for clip in listing):,} {split}" for split in SPLITS)
-            print(f"{args.data}: {len(listing):,} files ({clips}), {len(listing.skipped):,} skipped before decoding\n"
-                  f"about {size / 2 / args.sample_rate / 3600:.1f} h, {size / 1e9:.2f} GB in {out} ({shutil.disk_usage(Path.cwd()).free / 1e9:.2f} GB free), "
-                  f"{seconds / 60:.1f} min of one core, {seconds / 60 / args.workers:.1f} min with {args.workers} workers")
+            print(f"{args.data}: {len(listing):,} files ({clips}); {len(listing.skipped):,} skipped before decoding\n"
+                  f"{out}: about {size / 2 / args.sample_rate / 3600:.1f} h, {size / 1e9:.2f} GB "
+                  f"({shutil.disk_usage('.').free / 1e9:.2f} GB free)\n"
+                  f"about {seconds / 60:.1f} min of one core, {seconds / 60 / args.workers:.1f} min of {args.workers}")
             return 0
-        base = [word for k, word in enumerate(argv) if not (word.startswith(("--shard", "--merge")) or (k and argv[k - 1] in ("--shard", "--merge")))]
-        meta = write(listing, out, args.sample_rate, args.segment, args.workers, args.max_skipped, args.timeout, args.shard and shard,
-                     args.merge, shlex.join(["python", "prepare.py", *base]))
+        base = shlex.join(["python", "prepare.py", *argv])  # the same whether in one piece, in shards or joined
+        base = re.sub(r" --(shard|merge)[ =]\S+", "", base)
+        meta = write(listing, out, args.sample_rate, args.segment, args.workers, args.max_skipped, args.timeout,
+                     args.shard, args.merge, base)
     except KeyboardInterrupt:
         print("prepare.py: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 1
@@ -740,9 +753,10 @@ def main(argv=None):
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 1
     if meta is None:
-        print(f"part {args.shard} is done; when all are: python prepare.py {shlex.join(base)} --merge {shard[1]}")
+        print(f"part {args.shard[0]} of {args.shard[1]} is done; when all are: {base} --merge {args.shard[1]}")
     else:
-        print(f"{out}\n{summary(meta)}\nnext: python pretrain.py --data {out.name if out == Path('data', out.name) else out}")
+        name = out.name if out.parent == Path("data") else out
+        print(f"{out}\n{summary(meta)}\nnext: python pretrain.py --data {name}")
     return 0
 
 

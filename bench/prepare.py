@@ -66,12 +66,19 @@ def decoding(files, rounds):
 
 
 MEMORY = """
-import resource, sys
+import itertools, os, pathlib, sys
 sys.path.insert(0, {root!r})
 import prepare
+folder, count = pathlib.Path({out!r}).parent, itertools.count(1)
+def peak():  # MiB, of this process alone
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024
+def load(path, rate):
+    if next(count) % 200 == 0:
+        (folder / f"worker-{{os.getpid()}}").write_text(str(peak()))
+    return prepare.load(path, rate)
 clips = [prepare.Clip(f"clip {{i}}", prepare.Path({wav!r}), tags=("a",)) for i in range({n})]
-prepare.write(prepare.Listing(clips, "multilabel", [chr(97 + k) for k in range(26)]), {out!r}, workers=2, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+prepare.write(prepare.Listing(clips, "multilabel", [chr(97 + k) for k in range(26)]), {out!r}, workers=2, progress=False, load=load)
+print(peak(), max(int(path.read_text()) for path in folder.glob("worker-*")))
 """
 
 
@@ -79,10 +86,11 @@ def memory(folder):
     soundfile.write(folder / "short.wav", 0.1 * np.ones(round(0.05 * prepare.SAMPLE_RATE)), prepare.SAMPLE_RATE)
     result = {}
     for n in (1000, 100_000):
-        script = MEMORY.format(root=str(ROOT), wav=str(folder / "short.wav"), n=n, out=str(folder / f"out{n}"))
+        script = MEMORY.format(root=str(ROOT), wav=str(folder / "short.wav"), n=n, out=str(folder / str(n) / "out"))
+        (folder / str(n)).mkdir()
         start = time.perf_counter()
         parent, worker = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-        result[f"{n}_clips"] = {"parent_mib": round(float(parent)), "largest_worker_mib": round(float(worker)), "seconds": round(time.perf_counter() - start, 1)}
+        result[f"{n}_clips"] = {"parent_mib": int(parent), "largest_worker_mib": int(worker), "seconds": round(time.perf_counter() - start, 1)}
     result["bytes_per_clip"] = round((result["100000_clips"]["parent_mib"] - result["1000_clips"]["parent_mib"]) * 2 ** 20 / 99_000)
     return result
 
