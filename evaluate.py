@@ -7,21 +7,21 @@
     python evaluate.py --ckpt runs/mtat/tagger.ts --tag song.mp3 --plot                # top tags; a picture over time
     python evaluate.py --table results/mtat.json README.md                             # markdown of results
 
-The protocol. Every clip is cut into all its non-overlapping full windows, and the frozen encoder turns each into features,
-once. A linear layer (`--hidden 512`: one hidden layer) is trained on the windows of the training clips with Adam. After each
-epoch (of `--min-steps` steps at least) the validation clips are scored; `--patience` epochs without a better score end it,
-and the best state is kept. A clip's score is the mean of its windows' probabilities. The test clips are scored once, by the
-probe that was kept, for each seed; a seed draws the probe's start, the order of the windows and the subset of `--fraction`.
+The protocol. Every clip is cut into all its non-overlapping full windows; the frozen encoder turns each into features,
+once. A linear layer (`--hidden 512`: one hidden layer) is trained on the windows of the training clips with Adam. After
+each epoch (of at least `--min-steps` steps) the validation clips are scored; `--patience` epochs without a better score
+end it, the best state is kept. A clip's score is the mean of its windows' probabilities. The test clips are scored once,
+by the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
 
-Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and mean over clips; a tag or clip
-without a positive or without a negative has neither, is left out and counted. Single label: accuracy, confusion matrix (a
-row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and beside the
-untrained control (`--random`) the paired interval of the difference.
+Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and mean over clips; a tag or
+clip without a positive or without a negative has neither, is left out and counted. Single label: accuracy and confusion
+(a row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and
+beside the untrained control (`--random`) the paired interval of the difference.
 
-Leaves behind: evaluate-DATA.json, which explains the numbers, beside the checkpoint or where `--out` says; encoder.ts,
-encoder.pt2, tagger.ts beside it or where `--export` says; the features in data/NAME/features/. `--embed`: a FILE.npz for
-each file, `embedding` (n, D) and `timestamps` (n,), the windows' starts in seconds.
-Tables in a README stand between `<!-- table: results/x.json -->` and `<!-- /table -->`; `--table README.md` renews them.
+Leaves behind, beside the checkpoint or where `--out` and `--export` say: evaluate-DATA.json, which explains the numbers;
+encoder.ts, encoder.pt2, tagger.ts; and the features in data/NAME/features/. `--embed` leaves a FILE.npz per file:
+`embedding` (n, D) and `timestamps` (n,), the windows' starts in seconds. A README's tables stand between
+`<!-- table: results/x.json -->` and `<!-- /table -->`; `--table README.md` renews them. Pictures: transfer.py.
 """
 
 import argparse
@@ -43,14 +43,12 @@ from tqdm import tqdm
 
 METRICS = {"multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "clip_roc_auc": "clip ROC", "clip_pr_auc": "clip PR"},
            "singlelabel": {"accuracy": "accuracy"}}
-LOSS = {"multilabel": F.binary_cross_entropy_with_logits, "singlelabel": F.cross_entropy}  # logits (n, K), targets (n, K)
+LOSS = {"multilabel": F.binary_cross_entropy_with_logits, "singlelabel": F.cross_entropy}  # of logits, targets (n, K)
 DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ------------------------------------------------------------------------------------------------ windows and features
-
 def windows(length, size, hop=None):
-    """Where the full windows of clips lie (section 4.1): length (N,), size and hop in samples -> clip (n,), start (n,).
+    """Where the full windows of clips lie (section 4.1): length (N,), size, hop in samples -> clip (n,), start (n,).
 
         samples    0 1 2 3 4 5 6      length 7, size 3, hop 3 (by default the size)
         window 0  |0 1 2|
@@ -60,12 +58,17 @@ def windows(length, size, hop=None):
     (array([0, 0, 2, 2]), array([0, 3, 0, 3]))
     """
     hop = size if hop is None else hop
-    if size < 1 or hop < 1:
-        raise ValueError(f"a window and a hop are at least one sample, got {size} and {hop}")
     length = np.asarray(length, np.int64).reshape(-1)
     count = np.where(length >= size, (length - size) // hop + 1, 0)
     clip = np.repeat(np.arange(len(length)), count)
     return clip, (np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)) * hop
+
+
+def crops(clips, clip, start, size, batch_size=16):
+    """Windows of a prepared data set, in batches (b, 1, size)."""
+    parts = range(0, len(clip), batch_size)
+    for i in tqdm(parts, "windows", unit="batch", leave=False, mininterval=0.5 if sys.stderr.isatty() else 30):
+        yield clips.crops(clip[i : i + batch_size], start[i : i + batch_size], size)
 
 
 @torch.no_grad()
@@ -81,23 +84,16 @@ def embed(encoder, batches):
     return torch.cat([encoder(x.to(like)).float().cpu() for x in batches])
 
 
-def crops(clips, clip, start, size, batch_size=16):
-    """Windows of a prepared data set, in batches (b, 1, size)."""
-    parts = range(0, len(clip), batch_size)
-    for i in tqdm(parts, "windows", unit="batch", leave=False, mininterval=0.5 if sys.stderr.isatty() else 30):
-        yield clips.crops(clip[i : i + batch_size], start[i : i + batch_size], size)
-
-
 def features(encoder, clips, size, batch_size=16, cache=None):
-    """Features of all windows of all clips -> (n, D) float32, in the order of `windows`; computed once if `cache` is a file
-    to keep them in, named after everything they depend on. clips: with `length` and `crops`."""
+    """Features of all windows of all clips -> (n, D) float32, in the order of `windows`. Computed once, if `cache` is a
+    file to keep them in, named after everything that they depend on. clips: with `length` and `crops`."""
     clip, start = windows(clips.length, size)
     with contextlib.suppress(Exception):  # what cannot be read is computed again
         h = torch.from_numpy(np.load(cache)["h"])
         if len(h) == len(clip):
             return h
     h = embed(encoder, crops(clips, clip, start, size, batch_size))
-    with contextlib.suppress(OSError, TypeError):  # read-only data: computed each time
+    with contextlib.suppress(OSError, TypeError):  # where the data is read-only, each time
         partial = Path(cache).with_suffix(".partial.npz")
         partial.parent.mkdir(exist_ok=True)
         np.savez(partial, h=h.numpy())
@@ -105,36 +101,31 @@ def features(encoder, clips, size, batch_size=16, cache=None):
     return h
 
 
-# ----------------------------------------------------------------------------------------------------- label fractions
-
 def take_fraction(labels, fraction, seed=0, mode="balanced"):
-    """A subset of training examples, labels (N, K) 0/1, in which every tag keeps its share (section 4.3) -> (n,) ascending.
+    """A subset of examples, labels (N, K) 0/1, in which every tag keeps its share (section 4.3) -> (n,) ascending.
 
     balanced: put the examples in an order, each time by the next of the tag with the smallest share so far, the rarest
-        first; while there are tags without any, by the example that serves most of them. The first round(fraction N)
-        are the subset: those of one seed are nested. Examples without a tag keep their share like a tag.
+        first; while there are tags without any, by the example that serves most of them. The first round(fraction N) are
+        the subset: those of one seed are nested. Examples with no tag, one, two ... keep their share like a tag.
     v1: the released code's rule: of each combination of tags max(1, int(fraction n)), at random. Its 1 % of the 187,060
         windows of MagnaTagATune are 6,677.
 
     >>> np.eye(4, dtype=int).repeat(10, 0)[take_fraction(np.eye(4).repeat(10, 0), 0.2)].sum(0)
     array([2, 2, 2, 2])
     """
-    labels = np.asarray(labels) > 0
+    labels, rng = np.asarray(labels) > 0, np.random.default_rng([seed, 1])
     if not 0 < fraction <= 1:
         raise ValueError(f"a label fraction is in (0, 1], got {fraction}")
-    rng = np.random.default_rng([seed, 1])
     if mode == "v1":
         _, kind, count = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
         order = rng.permutation(len(labels))
         order = order[np.argsort(kind.reshape(-1)[order], kind="stable")]  # by combination, at random within each
         rank = np.arange(len(labels)) - np.repeat(np.cumsum(count) - count, count)
         return np.sort(order[rank < np.repeat(np.maximum(1, (count * fraction).astype(int)), count)])
-    n = max(1, round(fraction * len(labels)))
-    if n >= len(labels):
-        return np.arange(len(labels))
-    classes = np.concatenate([labels, ~labels.any(1, keepdims=True)], 1)  # (N, K + 1): those without a tag are a class
+    n, n_tags, tags = max(1, round(fraction * len(labels))), labels.shape[1], labels.sum(1, keepdims=True)
+    classes = np.concatenate([labels, tags == np.unique(tags)], 1)  # those with equally many tags are a class too
     total = classes.sum(0)
-    rarity = np.append(total[:-1], len(labels))  # ... that never goes before a tag
+    rarity = np.where(np.arange(len(total)) < n_tags, total, len(labels))  # ... that never goes before a tag
     queues = [iter(rng.permutation(np.flatnonzero(column)).tolist()) for column in classes.T]
     taken, count = np.zeros(len(labels), bool), np.zeros(len(total), int)
     for _ in range(n):
@@ -143,7 +134,7 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
             i = next(i for i in queues[k] if not taken[i])
         else:
             candidates = rng.permutation(np.flatnonzero(classes[:, k]))
-            i = candidates[classes[candidates][:, count == 0].sum(1).argmax()]
+            i = candidates[labels[candidates][:, count[:n_tags] == 0].sum(1).argmax()]
         taken[i] = True
         count += classes[i]
     return np.flatnonzero(taken)
@@ -155,14 +146,15 @@ def validation(logits, labels, clip, task):
     """What training keeps the best of: (mean of the clips' ROC-AUC and PR-AUC, or their accuracy; then minus the loss).
     Not the loss first: on small data it is lowest while a probe has learnt little but how frequent the tags are."""
     _, first, clip = np.unique(clip, return_index=True, return_inverse=True)
-    loss = float(LOSS[task](logits, labels))
+    loss = LOSS[task](logits, labels).item()
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss became {loss}: try a smaller --lr, or --amp off")
     s = score(clip_scores(logits, clip, len(first), task), labels[first].numpy(), task)
     return float(np.nan_to_num(np.mean([s[name] for name in list(METRICS[task])[:2]]))), -loss
 
 
-def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=5, epochs=1000, autocast=contextlib.nullcontext):
+def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=5, epochs=1000,
+          autocast=contextlib.nullcontext):
     """Adam until `patience` epochs in a row have not bettered `validate()`; the module keeps its best state.
 
     batches(): the (x, y) of an epoch; validate(): as `validation`. Returns {epochs, best_epoch, valid, valid_loss}."""
@@ -186,12 +178,12 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
     return {"epochs": epoch, "best_epoch": best_epoch, "valid": best[0], "valid_loss": -best[1]}
 
 
-def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0, **options):
+def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0, **how):
     """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7).
 
-    Args: x (n, D), y (n, K) 0/1: training windows; valid_x (m, D), valid_y (m, K), valid_clip (m,): validation windows and
-        the clip each is of; min_steps: an epoch has at least so many (that of MagnaTagATune has 731), so a small set is gone
-        through several times in one; options: lr, weight_decay, patience, epochs of `train`.
+    Args: x (n, D), y (n, K) 0/1: training windows; valid_x (m, D), valid_y (m, K), valid_clip (m,): validation windows,
+        and the clip each is of; min_steps: an epoch has at least so many (MagnaTagATune's has 731), so a small set is gone
+        through several times in one; how: lr, weight_decay, patience, epochs of `train`.
     Returns: the module (n, D) -> (n, K) logits that was best in validation, and what `train` says.
 
     >>> x = torch.eye(4).repeat(50, 1)
@@ -199,19 +191,19 @@ def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, b
     >>> bool((probe(x).argmax(1) == x.argmax(1)).all())
     True
     """
-    generator, layers = torch.Generator().manual_seed(seed), []
+    generator, layers, y, valid_y = torch.Generator().manual_seed(seed), [], y.float(), valid_y.float()
     sizes = [x.shape[1], hidden, y.shape[1]] if hidden else [x.shape[1], y.shape[1]]
     for fan_in, fan_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         for parameter in layers[-2].parameters():  # torch's own start, but from this generator
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
-    probe, y, valid_y = nn.Sequential(*layers[:-1]), y.float(), valid_y.float()
+    probe = nn.Sequential(*layers[:-1])
 
     def batches():
         for _ in range(math.ceil(min_steps / math.ceil(len(x) / batch_size))):
             for rows in torch.randperm(len(x), generator=generator).split(batch_size):
                 yield x[rows], y[rows]
-    return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task), task, **options)
+    return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task), task, **how)
 
 
 def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0):
@@ -219,24 +211,25 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
 
     The minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation; the
     standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
-    centre, scale, y, results = x.mean(0), x.std(0).clamp_min(1e-6), y.float(), []
-    z, layer, decisions = (x - centre) / scale, nn.Linear(x.shape[1], y.shape[1]), y.numel() if task == "multilabel" else len(y)
+    centre, scale, y, best = x.mean(0), x.std(0).clamp_min(1e-6), y.float(), ((-math.inf,),)
+    z, layer, n = (x - centre) / scale, nn.Linear(x.shape[1], y.shape[1]), y.numel() if task == "multilabel" else len(y)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     for strength in strengths:  # each from the optimum of the one before
-        optimiser = torch.optim.LBFGS(layer.parameters(), max_iter=1000, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS(layer.parameters(), 1, 1000, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
         def closure():
             optimiser.zero_grad()
-            value = LOSS[task](layer(z), y) + layer.weight.square().sum() / (2 * strength * decisions)
+            value = LOSS[task](layer(z), y) + layer.weight.square().sum() / (2 * strength * n)
             value.backward()
             return value
         optimiser.step(closure)
-        probe = nn.Sequential(nn.Linear(x.shape[1], y.shape[1])).requires_grad_(False)
-        probe[0].weight.copy_(layer.weight / scale)
-        probe[0].bias.copy_(layer.bias - probe[0].weight @ centre)
-        value = validation(probe(valid_x), valid_y.float(), valid_clip, task)
-        results.append((value, probe, {"strength": strength, "valid": value[0], "valid_loss": -value[1]}))
-    return max(results, key=lambda result: result[0])[1:]
+        probe = nn.Sequential(nn.Linear(x.shape[1], y.shape[1]))
+        with torch.no_grad():
+            probe[0].weight.copy_(layer.weight / scale)
+            probe[0].bias.copy_(layer.bias - probe[0].weight @ centre)
+            value = validation(probe(valid_x), valid_y.float(), valid_clip, task)
+        best = max(best, (value, probe, {"strength": strength, "valid": value[0], "valid_loss": -value[1]}), key=lambda b: b[0])
+    return best[1:]
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -272,7 +265,7 @@ def rank_metrics(scores, labels, weights=None):
     tp, fp = (np.take_along_axis(np.cumsum(a, 1), end, 1) for a in (positive, negative))
     p, n = positive.sum(1), negative.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # pairs won, counted from the negatives (ties in) and from the positives (ties out): the mean gives ties one half
+        # pairs won, counted from the negatives (ties in) and from the positives (ties out): the mean halves the ties
         roc = ((negative * tp).sum(1) + (positive * (n[:, None] - fp)).sum(1)) / (2 * p * n)
         pr = (positive * tp / np.maximum(tp + fp, 1e-300)).sum(1) / p
     return roc, np.where(n > 0, pr, np.nan)
@@ -297,12 +290,12 @@ def score(scores, labels, task="multilabel"):
     if task == "singlelabel":
         confusion = np.zeros((labels.shape[1],) * 2, int)
         np.add.at(confusion, (labels.argmax(1), scores.argmax(1)), 1)
-        with np.errstate(invalid="ignore"):
-            recall = confusion.diagonal() / confusion.sum(1)
-        return {"accuracy": float(confusion.trace() / len(scores)), "confusion": confusion, "tag": recall}
+        recall = [row[k] / row.sum() if row.any() else math.nan for k, row in enumerate(confusion)]
+        return {"accuracy": float(confusion.trace() / len(scores)), "confusion": confusion, "tag": np.array(recall)}
     (roc, pr), (clip_roc, clip_pr) = rank_metrics(scores.T, labels.T), rank_metrics(scores, labels)
-    return {"roc_auc": mean(roc), "pr_auc": mean(pr), "clip_roc_auc": mean(clip_roc), "clip_pr_auc": mean(clip_pr), "tag": pr,
-            "tag_roc_auc": roc, "tags_left_out": int(np.isnan(roc).sum()), "clips_left_out": int(np.isnan(clip_roc).sum())}
+    return {"roc_auc": mean(roc), "pr_auc": mean(pr), "clip_roc_auc": mean(clip_roc), "clip_pr_auc": mean(clip_pr),
+            "tags_left_out": int(np.isnan(roc).sum()), "clips_left_out": int(np.isnan(clip_roc).sum()),
+            "tag_roc_auc": roc, "tag": pr}
 
 
 def mean(values, axis=-1):
@@ -312,26 +305,26 @@ def mean(values, axis=-1):
 
 
 def interval(draws, value):
-    """95 % interval from draws (n, ...) of a value (...) -> (2, ...): their middle 95 %, moved by the distance of their mean
-    from the value, since average precision is on average larger in a resample, where songs occur twice."""
+    """95 % interval from draws (n, ...) of a value (...) -> (2, ...): their middle 95 %, moved by the distance of their
+    mean from the value, since average precision is on average larger in a resample, where songs occur twice."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: a tag that was left out
         return np.nanquantile(draws, (0.025, 0.975), axis=0) - mean(draws, 0) + value
 
 
 def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
-    """Resample the test songs, group (N,), with replacement (the clips of a song stay together) and take all metrics again.
+    """Resample the test songs, group (N,), with replacement (the clips of a song stay together); take all metrics again.
 
-    Args: scores (S, N, K) of S seeds; labels (N, K). Returns: {metric: (n,)}, the mean over the seeds, and `tag` (n, K). The
-    same data and seed give the same resamples, so two encoders can be compared resample by resample."""
+    Args: scores (S, N, K) of S seeds; labels (N, K). Returns: {metric: (n,)}, the mean over the seeds, and `tag` (n, K).
+    The same data and seed give the same resamples, so two encoders can be compared resample by resample."""
     song, runs = np.unique(group, return_inverse=True)[1].reshape(-1), []
     share = np.full(song.max() + 1, 1 / (song.max() + 1))
     weights = np.random.default_rng([seed, 3]).multinomial(len(share), share, n)[:, song].astype(np.float64)  # (n, N)
     with np.errstate(invalid="ignore", divide="ignore"):
         for s in np.asarray(scores):
             if task == "singlelabel":
-                right = (s.argmax(1) == labels.argmax(1))[:, None]
-                runs.append({"accuracy": (weights @ right)[:, 0] / weights.sum(1), "tag": weights @ (right * labels) / (weights @ labels)})
+                right = labels * (s.argmax(1) == labels.argmax(1))[:, None]
+                runs.append({"accuracy": weights @ right.sum(1) / weights.sum(1), "tag": weights @ right / (weights @ labels)})
                 continue
             tags = np.empty((2, n, labels.shape[1]))
             for k in range(labels.shape[1]):
@@ -347,14 +340,13 @@ def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
 
 def usable(clips, size):
     """{split: its windows (n,), as indices into those of `windows(clips.length, size)`}, {split: counts}."""
-    clip, rows, counts = windows(clips.length, size)[0], {}, {}
+    clip, rows, counts, short = windows(clips.length, size)[0], {}, {}, clips.length < size
     labelled = clips.labels.sum(1) == 1 if clips.task == "singlelabel" else np.ones(len(clips), bool)
     for i, split in enumerate(("train", "valid", "test")):
-        here, short = clips.split == i, clips.length < size
-        rows[split] = np.flatnonzero((here & labelled)[clip])
-        counts[split] = {"clips": int((here & ~short & labelled).sum()), "too_short": int((here & short).sum()),
-                         "without_label": int((here & ~labelled).sum()), "windows": len(rows[split]),
-                         "songs": len(np.unique(clips.group[clip[rows[split]]]))}
+        rows[split] = np.flatnonzero((labelled & (clips.split == i))[clip])
+        counts[split] = {"clips": len(np.unique(clip[rows[split]])), "songs": len(np.unique(clips.group[clip[rows[split]]])),
+                         "windows": len(rows[split]), "too_short": int((short & (clips.split == i)).sum()),
+                         "without_label": int((~labelled & (clips.split == i)).sum())}
         if not len(rows[split]):
             raise ValueError(f"{clips.name}: no usable clip in {split} ({counts[split]}); expected train, valid and test")
     return rows, counts
@@ -370,7 +362,7 @@ def probe_on(h, clip, clips, rows, fit=fit_probe, **options):
     return run
 
 
-def network_on(build, clips, rows, mode="balanced", batch_size=48, dropout=0.5, autocast=contextlib.nullcontext, **options):
+def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=contextlib.nullcontext, **options):
     """The same with encoder and layer trained together (section 4.3): the supervised baseline, or fine-tuning.
 
     build(seed): the encoder to start from. An epoch is one random window of every clip; with mode v1 the given windows."""
@@ -380,27 +372,25 @@ def network_on(build, clips, rows, mode="balanced", batch_size=48, dropout=0.5, 
         encoder, rng = build(seed), np.random.default_rng([seed, 2])
         size, device = encoder.input_samples, next(encoder.parameters()).device
         clip, start = windows(clips.length, size)
-        examples = clip[chosen] if mode == "v1" else np.unique(clip[chosen])
-
-        def through(split):
-            with autocast():
-                return embed(network, crops(clips, clip[rows[split]], start[rows[split]], size))
+        examples, valid = clip[chosen] if mode == "v1" else np.unique(clip[chosen]), clip[rows["valid"]]
 
         def batches():
             begin = start[chosen] if mode == "v1" else rng.integers(0, clips.length[examples] - size + 1)
             order = rng.permutation(len(examples))
-            order = order[: len(order) // batch_size * batch_size or len(order)]  # a short last batch has odd statistics
-            parts = np.split(examples[order], range(batch_size, len(order), batch_size))
-            for x, part in zip(crops(clips, examples[order], begin[order], size, batch_size), parts):
-                yield x.to(device), labels[part].to(device)
+            order = order[: len(order) // batch_size * batch_size or len(order)]  # a short batch has odd statistics
+            y = labels[examples[order]].to(device).split(batch_size)
+            return ((x.to(device), y[i]) for i, x in enumerate(crops(clips, examples[order], begin[order], size, batch_size)))
+
+        def logits(split):
+            with autocast():
+                return embed(network, crops(clips, clip[rows[split]], start[rows[split]], size))
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            network = nn.Sequential(encoder, nn.Dropout(dropout), nn.Linear(encoder.out_dim, labels.shape[1])).to(device)
-            valid = clip[rows["valid"]]
-            info = train(network, batches, lambda: validation(through("valid"), labels[valid], valid, clips.task), clips.task,
+            network = nn.Sequential(encoder, nn.Dropout(0.5), nn.Linear(encoder.out_dim, labels.shape[1])).to(device)
+            info = train(network, batches, lambda: validation(logits("valid"), labels[valid], valid, clips.task), clips.task,
                          autocast=autocast, **options)
-        return network, info, through("test")
+        return network, info, logits("test")
     return run
 
 
@@ -418,7 +408,8 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
             if mode == "v1":
                 chosen = rows["train"][take_fraction(y[owner], fraction, seed, mode)]
             else:
-                chosen = rows["train"][np.isin(owner, np.unique(owner)[take_fraction(y[np.unique(owner)], fraction, seed)])]
+                chosen = np.unique(owner)[take_fraction(y[np.unique(owner)], fraction, seed)]
+                chosen = rows["train"][np.isin(owner, chosen)]
             module, info, logits = fit(chosen, seed)
             modules.append(module)
             scores.append(clip_scores(logits, where, len(test), clips.task, clip_score))
@@ -430,16 +421,18 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
         value = {name: mean(each[name], 0) for name in each}
         span = {name: interval(draws[name], value[name]) for name in each}
         results.append({
-            "fraction": fraction, "mean": {name: value[name] for name in names}, "interval": {name: span[name] for name in names},
+            "fraction": fraction, "mean": {name: value[name] for name in names},
             "std": {name: each[name].std(ddof=1) if len(runs) > 1 else None for name in names},
+            "interval": {name: span[name] for name in names},
             "per_tag": {tag: {"positives": int(y[test, k].sum()), "value": value["tag"][k], "interval": span["tag"][:, k]}
                         for k, tag in enumerate(clips.tags)},
             "runs": runs, "_draws": draws, "_scores": np.mean(scores, 0),
             "_module": modules[int(np.argmax([run["valid"] for run in runs]))]})
     return results
 
+
 def cell(value, std=None, span=None):
-    """In percent: mean, standard deviation over seeds, interval. cell(0.7731, 0.002, (0.75, 0.79)): 77.3 ± 0.2 [75.0, 79.0]"""
+    """In percent: mean, standard deviation over seeds, interval: 77.3 ± 0.2 [75.0, 79.0]."""
     text = f"{100 * value:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
     return text + (f" [{100 * span[0]:.1f}, {100 * span[1]:.1f}]" if span is not None else "")
 
@@ -465,71 +458,11 @@ def refresh(text, root):
                   lambda m: m[1] + table(json.loads((Path(root) / m[2]).read_text())) + m[3], text, flags=re.S)
 
 
-# ------------------------------------------------------------------------------------------------------------- program
+# ----------------------------------------------------------------------------------------------------------- take home
 
-def run(args, clips, encoder, info, model):
-    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: the module model.py."""
-    device, kind = model.choose_device(args.device), info.get("encoder", args.encoder)
-    sizes = {**info.get("sizes", {"width": args.width}), **({"pool": args.pool} if args.pool else {})}
-    state, names = encoder and encoder.state_dict(), METRICS[clips.task]
-
-    def build(seed, state=None):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            new = model.build_encoder(kind, **sizes)
-        new.load_state_dict(state or new.state_dict())
-        return new.eval()
-
-    def frozen(new):
-        amp = model.choose_amp(device, args.amp)
-        key = json.dumps([model.weights_sha256(new), new.name, new.sizes, clips.fingerprint, amp]).encode()
-        fast = model.fold_batch_norm(new).to(device, DTYPE[amp])
-        return features(fast, clips, size, 16 if device.type == "cpu" else 256,
-                        clips.folder / "features" / f"{hashlib.sha256(key).hexdigest()[:24]}.npz")
-
-    size = build(0).input_samples
-    (rows, counts), clip, jobs, before = usable(clips, size), windows(clips.length, size)[0], [], {}
-    both = {"lr": args.lr, "weight_decay": args.weight_decay, "patience": args.patience, "epochs": args.epochs}
-    head, options = f"hidden {args.hidden}" if args.hidden else "linear", {
-        "hidden": args.hidden, "min_steps": args.min_steps, "batch_size": args.batch_size or 256, **both}
-    if args.probe == "lbfgs":
-        head, options = "lbfgs", {"fit": fit_lbfgs}
-    for label, new in ((f"{info.get('method')}, {info.get('step') or 0:,d} steps", encoder and build(0, state)),
-                       ("untrained", args.random and build(args.seed))):
-        if new:
-            before[new] = model.weights_sha256(new)
-            jobs.append((label, head, probe_on(frozen(new), clip, clips, rows, **options)))
-    for label, wanted, start in (("supervised", args.supervised, None), ("fine-tuned", args.finetune, state)):
-        if wanted:
-            jobs.append((label, "end to end", network_on(
-                lambda seed, start=start: build(seed, start).to(device), clips, rows, args.fraction_mode,
-                args.batch_size or 48, autocast=lambda: model.autocast(device, args.amp), **both)))
-    seeds = range(args.seed, args.seed + args.seeds)
-    results = [{"model": label, "probe": probe, **result} for label, probe, fit in jobs for result in
-               evaluate(fit, clips, size, args.fraction, seeds, args.fraction_mode, args.clip_score, args.bootstrap)]
-    if any(model.weights_sha256(new) != sha256 for new, sha256 in before.items()):
-        raise RuntimeError("an encoder changed while it was evaluated: these are not the numbers of a frozen encoder")
-    for control in [r for r in results if r["model"] == "untrained"]:
-        for r in [r for r in results if r["fraction"] == control["fraction"] and r is not control]:
-            less = {m: (r["_draws"][m] - control["_draws"][m], r["mean"][m] - control["mean"][m]) for m in names}
-            r["over_untrained"] = {m: {"mean": value, "interval": interval(draws, value)} for m, (draws, value) in less.items()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    return {
-        "kind": "evaluate", "caption": f"{clips.name}, {' / '.join(str(counts[s]['clips']) for s in counts)} clips to train / "
-        f"validate / test ({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, "
-        "[95 % interval over test songs].", "table": [
-            {"model": r["model"], "probe": r["probe"], "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
-             **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}} for r in results],
-        "data": {"name": clips.name, "split": clips.meta.get("split_name"), "counts": counts, "fingerprint": clips.fingerprint,
-                 "task": clips.task, "tags": clips.tags},
-        "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
-        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit.strip() or None, "device": str(device),
-        "protocol": vars(args), "results": results, "_encoder": build(0, state)}
-
-
-def frames(net, waveform, hop):
-    """(T,) audio of any length -> rows (n, D or K) of the windows, their starts (n,) in seconds, whether it was padded: audio
-    shorter than a window is, with silence. net: with `frames`, `sample_rate` and `input_samples`; hop in seconds or None."""
+def frames(net, waveform, hop=None):
+    """Audio (T,) -> rows (n, D or K) of its windows, their starts (n,) in seconds, was it padded (audio shorter than a window
+    is, with silence). net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts; hop in seconds."""
     step = net.input_samples if hop is None else max(1, round(hop * net.sample_rate))
     padded = F.pad(waveform, (0, max(0, net.input_samples - len(waveform))))
     with torch.no_grad():
@@ -545,19 +478,19 @@ def embed_files(net, paths, out, decode, suffixes, hop=None, overwrite=False):
             target = out / f"{file.relative_to(path) if path.is_dir() else file.name}.npz"
             if jobs.setdefault(target, file) != file:
                 raise ValueError(f"{jobs[target]} and {file} would both become {target}: embed them one by one")
-    for target, file in tqdm(jobs.items(), "embedding", unit="file", disable=not sys.stderr.isatty()):
-        if overwrite or not target.exists():
-            try:
-                rows, starts, padded = frames(net, decode(file, net.sample_rate), hop)
-            except (ValueError, OSError) as error:
-                failed.append(str(error))
-                continue
-            if padded:
-                print(f"{file}: shorter than a window of {net.input_samples / net.sample_rate:.2f} s, padded with silence")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
-            target.with_suffix(".partial.npz").replace(target)
-    print("\n".join([f"{out}: {len(jobs) - len(failed)} of {len(jobs)} files embedded"] + [f"failed: {what}" for what in failed]))
+    for target, file in jobs.items():
+        if target.exists() and not overwrite:
+            continue
+        try:
+            rows, starts, padded = frames(net, decode(file, net.sample_rate), hop)
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
+        target.with_suffix(".partial.npz").replace(target)
+        print(f"{target} {rows.shape}" + ", shorter than a window, padded with silence" * padded)
+    print("\n".join([f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *("failed: " + what for what in failed)]))
     return len(failed)
 
 
@@ -569,12 +502,76 @@ def tag_file(net, file, decode, hop=None, top=10, picture=None):
     if picture:
         from matplotlib.figure import Figure
         axes = (figure := Figure((10, 0.3 * top + 1), layout="constrained")).add_subplot()
-        width = net.input_samples / net.sample_rate
-        image = axes.imshow(rows[:, best].T, aspect="auto", vmin=0, extent=(0, starts[-1] + width, len(best) - 0.5, -0.5))
+        end = starts[-1] + net.input_samples / net.sample_rate
+        image = axes.imshow(rows[:, best].T, aspect="auto", vmin=0, extent=(0, end, len(best) - 0.5, -0.5))
         axes.set(yticks=range(len(best)), yticklabels=[net.tags[k] for k in best], xlabel="seconds", title=file.name)
         figure.colorbar(image, label="probability")
         figure.savefig(picture)
-        print(picture)
+
+
+# ------------------------------------------------------------------------------------------------------------- program
+
+def run(args, clips, encoder, info, model):
+    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: the module model.py."""
+    if clips.task == "none":
+        raise ValueError(f"{clips.name} has no labels: expected tagged data, e.g. prepared with --labels FILE.csv")
+    if info.get("sample_rate") not in (None, clips.sample_rate):
+        raise ValueError(f"the encoder works at {info['sample_rate']} Hz, {clips.name} is at {clips.sample_rate} Hz: "
+                         f"prepare it again with --sample-rate {info['sample_rate']}")
+    device, kind, names = model.choose_device(args.device), info.get("encoder", args.encoder), METRICS[clips.task]
+    sizes = {**info.get("sizes", {"width": args.width}), **({"pool": args.pool} if args.pool else {})}
+
+    def build(seed, state=None):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            new = model.build_encoder(kind, **sizes)
+        new.load_state_dict(state or new.state_dict())
+        return new.eval()
+
+    def frozen(new):
+        amp, before[new] = model.choose_amp(device, args.amp), model.weights_sha256(new)
+        key = hashlib.sha256(json.dumps([before[new], new.name, new.sizes, clips.fingerprint, amp]).encode()).hexdigest()
+        return features(model.fold_batch_norm(new).to(device, DTYPE[amp]), clips, size, 16 if device.type == "cpu" else 256,
+                        clips.folder / "features" / f"{key[:24]}.npz")
+
+    state, size, before, kept, jobs = encoder and encoder.state_dict(), build(0).input_samples, {}, [], []
+    (rows, counts), clip = usable(clips, size), windows(clips.length, size)[0]
+    both = {"lr": args.lr, "weight_decay": args.weight_decay, "patience": args.patience, "epochs": args.epochs}
+    head, how = f"hidden {args.hidden}" if args.hidden else args.probe.replace("adam", "linear"), {"fit": fit_lbfgs}
+    if args.probe == "adam":
+        how = {**both, "hidden": args.hidden, "min_steps": args.min_steps, "batch_size": args.batch_size or 256}
+    for label, new in ((f"{info.get('method')}, {info.get('step') or 0:,d} steps", encoder and build(0, state)),
+                       ("untrained", args.random and build(args.seed))):
+        if new:
+            kept.append(frozen(new))
+            jobs.append((label, head, probe_on(kept[-1], clip, clips, rows, **how)))
+    for label, wanted, start in (("supervised", args.supervised, None), ("fine-tuned", args.finetune, state)):
+        if wanted:
+            jobs.append((label, "end to end", network_on(
+                lambda seed, start=start: build(seed, start).to(device), clips, rows, args.fraction_mode,
+                args.batch_size or 48, lambda: model.autocast(device, args.amp), **both)))
+    seeds = range(args.seed, args.seed + args.seeds)
+    results = [{"model": label, "probe": probe, **result} for label, probe, fit in jobs for result in
+               evaluate(fit, clips, size, args.fraction, seeds, args.fraction_mode, args.clip_score, args.bootstrap)]
+    if any(model.weights_sha256(new) != sha256 for new, sha256 in before.items()):
+        raise RuntimeError("an encoder changed while it was evaluated: these are not the numbers of a frozen encoder")
+    for control in [r for r in results if r["model"] == "untrained"]:
+        for r in [r for r in results if r["fraction"] == control["fraction"] and r is not control]:
+            less = {m: r["mean"][m] - control["mean"][m] for m in names}
+            r["over_untrained"] = {m: {"mean": less[m], "interval": interval(r["_draws"][m] - control["_draws"][m], less[m])}
+                                   for m in names}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    return {
+        "kind": "evaluate", "caption": f"{clips.name}, {' / '.join(str(counts[s]['clips']) for s in counts)} clips to train / "
+        f"validate / test ({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, "
+        "[95 % interval over test songs].", "table": [
+            {"model": r["model"], "probe": r["probe"], "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
+             **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}} for r in results],
+        "data": {"name": clips.name, "split": clips.meta.get("split_name"), "counts": counts, "tags": clips.tags,
+                 "fingerprint": clips.fingerprint, "task": clips.task},
+        "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
+        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit.strip() or None, "device": str(device),
+        "protocol": vars(args), "results": results, "_encoder": build(0, state), "_features": kept}
 
 
 def take_home(args, prepare, model):
@@ -586,12 +583,12 @@ def take_home(args, prepare, model):
         net = model.Exported(model.fold_batch_norm(encoder), info["sample_rate"] or prepare.SAMPLE_RATE)
         net.to(device, DTYPE[model.choose_amp(device, args.amp)]).eval()
     if args.tag and not net.tags:
-        raise ValueError(f"{args.ckpt} knows no tags: expected the tagger.ts that evaluate.py --ckpt ENCODER.pt --data NAME writes")
+        raise ValueError(f"{args.ckpt} knows no tags: expected the tagger.ts that an evaluation leaves beside its encoder.pt")
     for file in args.tag or ():
         picture = (args.out or Path()) / f"{file.name}.png" if args.plot else None
         tag_file(net, file, prepare.decode, args.hop, picture=picture)
-    return int(bool(args.embed) and embed_files(
-        net, args.embed, args.out or Path("embeddings"), prepare.decode, prepare.AUDIO, args.hop, args.overwrite) > 0)
+    return int(bool(args.embed) and embed_files(net, args.embed, args.out or Path("embeddings"), prepare.decode,
+                                                prepare.AUDIO, args.hop, args.overwrite) > 0)
 
 
 def build_parser():
@@ -630,7 +627,7 @@ def build_parser():
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the test songs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the encoder runs")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="off", help="precision of the encoder; off: float32")
-    add("--out", type=Path, metavar="PATH", help="metrics JSON (default: evaluate-DATA.json beside --ckpt); a folder for --embed")
+    add("--out", type=Path, metavar="PATH", help="metrics JSON (default: evaluate-DATA.json beside --ckpt); --embed: folder")
     add("--export", type=Path, metavar="DIR", help="for encoder.ts, encoder.pt2, tagger.ts (default: beside --ckpt)")
     add("--hop", type=float, metavar="S", help="--embed, --tag: seconds from window to window (default: a window)")
     add("--overwrite", action="store_true", help="--embed: also files that are embedded already")
@@ -644,18 +641,21 @@ def main(argv=None):
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
-    counts = (args.seeds, args.patience, args.epochs, args.min_steps, args.bootstrap, args.batch_size or 1, args.hidden + 1)
-    missing = [path for path in (args.ckpt, *(args.embed or ()), *(args.tag or ()), *(args.table or ())) if path and not path.exists()]
+    numbers = (args.seeds, args.patience, args.epochs, args.min_steps, args.bootstrap, args.batch_size or 1, args.hidden + 1)
+    for path in (args.ckpt, *(args.embed or ()), *(args.tag or ()), *(args.table or ())):
+        if path and not path.exists():
+            parser.error(f"{path}: no such file")
     for wrong, what in (
-            (missing, f"{missing and missing[0]}: no such file"),
             (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt FILE, e.g. runs/NAME/encoder.pt"),
             (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt FILE"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
-            (min(counts) < 1, "--seeds --patience --epochs --min-steps --bootstrap --batch-size are at least 1, --hidden 0")):
+            (min(numbers) < 1, "--seeds --patience --epochs --min-steps --bootstrap --batch-size are at least 1, --hidden 0")):
         if wrong:
             parser.error(what)
     try:
+        if args.embed or args.tag:
+            return take_home(args, prepare, model)
         for path in args.table or ():
             if path.suffix == ".md":
                 path.write_text(refresh(path.read_text(), path.parent))
@@ -663,8 +663,6 @@ def main(argv=None):
                 print(f"<!-- table: {path} -->\n{table(json.loads(path.read_text()))}<!-- /table -->\n")
         if args.table:
             return 0
-        if args.embed or args.tag:
-            return take_home(args, prepare, model)
         encoder, info = model.load_encoder(args.ckpt) if args.ckpt else (None, {})
         if not (args.data or info.get("data")):
             parser.error("type --data NAME: on which prepared data?")
@@ -672,23 +670,18 @@ def main(argv=None):
             clips = prepare.Clips(prepare.find(args.data or info["data"]))
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
-        if clips.task == "none":
-            raise ValueError(f"{clips.name} has no labels: expected tagged data, e.g. prepared with --labels FILE.csv")
-        if info.get("sample_rate") not in (None, clips.sample_rate):
-            raise ValueError(f"{args.ckpt} works at {info['sample_rate']} Hz, {clips.name} is at {clips.sample_rate} Hz: "
-                             f"prepare it again with --sample-rate {info['sample_rate']}")
         result = {"argv": ["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **run(args, clips, encoder, info, model)}
         home = args.ckpt.parent if args.ckpt else Path("runs")
         out = args.out or home / f"evaluate-{clips.name}.json"
         model.write_atomically(out, to_json(result).encode())
         print(f"{table(result)}\n{out}")
         if encoder:
-            probed = [r for r in result["results"] if r["model"] != "untrained" and r["probe"] != "end to end"]
-            tagger = {"head": max(probed, key=lambda r: r["fraction"])["_module"], "tags": clips.tags, "task": clips.task}
-            facts = {"info": {"data": clips.name, "fingerprint": clips.fingerprint}}
-            for name, export, options in (("encoder.ts", model.export_torchscript, facts), ("encoder.pt2", model.export_program, facts),
-                                          ("tagger.ts", model.export_torchscript, {**facts, **tagger})):
-                export(result["_encoder"], (args.export or home) / name, clips.sample_rate, **options)
+            best = max((r for r in result["results"] if r["model"] == result["results"][0]["model"]), key=lambda r: r["fraction"])
+            facts = {"data": clips.name, "fingerprint": clips.fingerprint}
+            tagger = {"head": best["_module"], "tags": clips.tags, "task": clips.task}
+            for name, export, options in (("encoder.ts", model.export_torchscript, {}), ("encoder.pt2", model.export_program, {}),
+                                          ("tagger.ts", model.export_torchscript, tagger)):
+                export(result["_encoder"], (args.export or home) / name, clips.sample_rate, info=facts, **options)
                 print((args.export or home) / name)
         return 0
     except (ValueError, OSError, RuntimeError) as error:
