@@ -1,0 +1,33 @@
+# make demo    the main job on the music in demo/, on a CPU, a few minutes
+# make test    all tests
+# make setup   .venv from requirements.txt (both of the above do it when needed)
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test setup clean
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+demo: setup
+	$(PY) prepare.py --data demo
+	$(PY) pretrain.py --data demo --width 0.25 --batch-size 48 --max-steps 150 --lr 1e-3 --save-every 25 --probe-every 25 --out runs/demo
+	$(PY) pretrain.py --plot runs/demo
+	$(PY) evaluate.py --ckpt runs/demo/encoder.pt --random --plots runs/demo/plots
+	@echo
+	@echo "What this shows: every stage works on real music. What it cannot show: how good the method is. 37 test excerpts put"
+	@echo "some 16 points of chance around each accuracy, and a class is one game's soundtrack as much as one author."
+	@echo "Files: runs/demo/encoder.pt encoder.ts tagger.ts curves.png plots/ evaluate-demo.json"
+	@echo "Next:  $(PY) evaluate.py --ckpt runs/demo/tagger.ts --tag YOUR-SONG.mp3"
+	@echo "       $(PY) prepare.py --data folder --root YOUR-MUSIC --name mine"
+
+test: setup
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf data/demo runs/demo
