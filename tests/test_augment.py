@@ -308,8 +308,8 @@ def test_draws_have_the_ranges_and_probabilities_of_the_paper():
     assert draws["delay.ms"].unique().tolist() == [200, 250, 300, 350, 400, 450, 500]
     assert draws["noise.snr_db"].unique().tolist() == [80]
     assert abs(draws["filter.high"].float().mean() - 0.5) < 0.02
-    decisions = torch.stack([v.float() for v in draws.values() if len(v.unique()) > 1])
-    assert (torch.corrcoef(decisions) - torch.eye(len(decisions))).abs().max() < 0.04         # all independent
+    decisions = torch.stack([v.double() for v in draws.values() if len(v.unique()) > 1])
+    assert (torch.corrcoef(decisions) - torch.eye(len(decisions), dtype=torch.float64)).abs().max() < 0.04         # all independent
 
 
 def test_draws_follow_the_generator_alone_and_values_not_the_probabilities():
