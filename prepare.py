@@ -121,7 +121,7 @@ def resample(x, rate, new_rate):
     """
     if rate == new_rate:
         return x
-    # Of an odd rate (44,099 Hz) the nearest ratio of small numbers, below half a cent off: the exact one takes gigabytes.
+    # Of an odd rate (44,099 Hz) the nearest ratio of small numbers, not half a cent off: the exact one takes gigabytes.
     ratio = Fraction(new_rate, rate).limit_denominator(1000)
     filters, width, hop = _filters(ratio.numerator, ratio.denominator)
     n = math.ceil(len(x) * new_rate / rate)
@@ -145,7 +145,7 @@ def _filters(up, down, zeros=32):
 # ----------------------------------------------------------------------------------------------------------- readers
 # A reader turns a folder into a Listing. To add a data set: one function here, one entry in DATASETS.
 
-@dataclass
+@dataclass(slots=True)
 class Clip:
     """One recording: what to decode, and what is known about it."""
     id: str               # its name in clips.npz
@@ -305,9 +305,10 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
         OSError: the disk is too small or full; names the bytes needed and free.
     """
     out, (i, n) = Path(out), shard or (1, 1)
-    plan = [sample_rate, segment, listing.task, listing.tags, listing.skipped,
-            [[clip.id, clip.split, clip.group, clip.tags] for clip in listing]]
-    plan = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([sample_rate, segment, listing.task, listing.tags, listing.skipped]).encode())
+    for clip in listing:
+        digest.update(json.dumps([clip.id, clip.split, clip.group, clip.tags]).encode())
+    plan = digest.hexdigest()
     parts = [out.with_name(f"{out.name}.shard-{k + 1}-of-{merge or n}") for k in range(merge or n)]
     clips = listing[len(listing) * (i - 1) // n : len(listing) * i // n]
     with Partial(parts[i - 1] if shard else out) as partial:
@@ -318,25 +319,24 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                                       f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
             return meta
         done = partial.resume(plan, clips, parts if merge else ())
-        todo, free = clips[len(done):], shutil.disk_usage(partial.folder).free
+        todo, free = clips[done:], shutil.disk_usage(partial.folder).free
         # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
         if free < 60 * sum(map(_size, todo)) and free < (need := estimate(todo, sample_rate, timeout, load)[0]):
             raise OSError(f"{out}: about {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
-        jobs = [(str(clip.file), sample_rate, round(segment * sample_rate) if segment else None) for clip in todo]
-        with tqdm(total=len(clips), initial=len(done), unit="file", desc="decoding", disable=not progress,
+        jobs = ((str(clip.file), sample_rate, round(segment * sample_rate) if segment else None) for clip in todo)
+        with tqdm(total=len(clips), initial=done, unit="file", desc="decoding", disable=not progress,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
-            for entry, samples in _pool(jobs, workers or os.cpu_count() or 1, timeout, load):
+            for clip, (entry, samples) in zip(todo, _pool(jobs, workers or os.cpu_count() or 1, timeout, load)):
                 try:
-                    partial.append({**entry, "size": _size(clips[len(done)])}, samples)
+                    partial.append({**entry, "size": _size(clip)}, samples)
                 except OSError as error:
-                    need = partial.size / max(1, len(done)) * (len(clips) - len(done)) / 1e9
+                    need = partial.size / max(1, bar.n) * (len(clips) - bar.n) / 1e9
                     free = shutil.disk_usage(partial.folder).free / 1e9
-                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need:.2f} GB more are "
-                                  f"needed, {free:.2f} GB are free; what is done is kept, the same command continues") from None
-                done.append(entry)
+                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need:.2f} GB more are needed, "
+                                  f"{free:.2f} GB are free; what is done is kept, the same command continues") from None
                 bar.update()
         head = {"name": out.name, "sample_rate": sample_rate, "plan": plan, "command": command}
-        return None if shard else partial.seal(listing, done, max_skipped, head)
+        return None if shard else partial.seal(listing, max_skipped, head)
 
 
 def estimate(clips, sample_rate, timeout=60.0, load=load):
@@ -376,7 +376,7 @@ class Partial:
             shutil.rmtree(self.folder)
 
     def resume(self, plan, clips, shards=()):
-        """Open the files; return what a run before has finished: journal lines whose samples are all in audio.npy."""
+        """Open the files; return how many files a run before has finished: with all their samples in audio.npy."""
         paths = [self.folder / name for name in ("plan", "audio.npy", "journal.jsonl")]
         if not all(path.exists() for path in paths) or paths[0].read_text() != plan:
             with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
@@ -389,14 +389,14 @@ class Partial:
                         shutil.copyfileobj(file, audio, 1 << 24)
                     journal.write((part / "journal.jsonl").read_bytes())
             paths[0].write_text(plan)
-        done, self.size, keep = [], 128, 0
-        for line, clip in zip(paths[2].read_bytes().splitlines(True), clips):
-            entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
-            size = self.size + 2 * sum(entry["lengths"])
-            if size > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
-                break
-            done.append(entry)
-            self.size, keep = size, keep + len(line)
+        done, self.size, keep = 0, 128, 0
+        with open(paths[2], "rb") as journal:
+            for line, clip in zip(journal, clips):
+                entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
+                size = self.size + 2 * sum(entry["lengths"])
+                if size > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
+                    break
+                done, self.size, keep = done + 1, size, keep + len(line)
         os.truncate(paths[1], self.size)
         os.truncate(paths[2], keep)
         self.audio, self.journal = open(paths[1], "ab"), open(paths[2], "ab")
@@ -409,30 +409,36 @@ class Partial:
             file.flush()
         self.size += len(samples)
 
-    def seal(self, listing, done, max_skipped, head):
+    def seal(self, listing, max_skipped, head):
         """Judge the losses, write the tables and move the folder into place. Returns the meta."""
-        skipped = listing.skipped + [{"file": clip.id, "reason": entry["reason"]}
-                                     for clip, entry in zip(listing, done) if not entry["lengths"]]
+        columns, songs, rate, skipped = {key: [] for key in COLUMNS}, {}, head["sample_rate"], list(listing.skipped)
+        columns["labels"], columns["sha256"] = bytearray(), bytearray()  # a list of rows would take ten times as much
+        with open(self.folder / "journal.jsonl", "rb") as journal:
+            for clip, entry in zip(listing, map(json.loads, journal)):
+                song, begin = songs.setdefault(clip.group or clip.id, len(songs)), 0
+                for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
+                    name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / rate:.6g}"
+                    for key, value in (("length", length), ("split", SPLITS.index(clip.split)), ("group", song), ("id", name)):
+                        columns[key].append(value)
+                    for key in ("rate", "peak", "clipped"):
+                        columns[key].append(entry[key])
+                    columns["labels"] += bytes(tag in clip.tags for tag in listing.tags)
+                    columns["sha256"] += bytes.fromhex(digest)
+                    begin += length
+                if not entry["lengths"]:
+                    skipped.append({"file": clip.id, "reason": entry["reason"]})
         lost = [s for s in skipped if not s["reason"].startswith("no row") and s["file"] not in listing.broken]
         total = len(listing) + sum(s["reason"].startswith("missing") for s in listing.skipped)
         first = f"; the first: {lost[0]['file']}: {lost[0]['reason']}" if lost else ""
-        if not any(entry["lengths"] for entry in done):
+        if not columns["id"]:
             raise ValueError(f"none of {total} files can be used{first}")
         if len(lost) > max_skipped * total:
             enough = math.ceil(1000 * len(lost) / total) / 1000
             raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
                              f"(repair them, or type --max-skipped {enough:g}; nothing will be decoded twice)")
-        rows, songs, rate = [], {}, head["sample_rate"]
-        for clip, entry in zip(listing, done):
-            song, begin = songs.setdefault(clip.group or clip.id, len(songs)), 0
-            labels = np.array([tag in clip.tags for tag in listing.tags], np.uint8)
-            for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
-                name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / rate:.6g}"
-                digest = np.frombuffer(bytes.fromhex(digest), np.uint8)
-                rows.append((length, SPLITS.index(clip.split), song, labels, name, digest, entry["rate"], entry["peak"],
-                             entry["clipped"]))
-                begin += length
-        arrays = {key: np.array(column, kind) for (key, kind), column in zip(COLUMNS.items(), zip(*rows))}
+        arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
+        for key in ("labels", "sha256"):
+            arrays[key] = arrays[key].reshape(len(arrays["id"]), -1 if listing.tags or key == "sha256" else 0)
         arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
         count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
         named = lambda chosen: arrays["id"][chosen].tolist()
@@ -440,8 +446,8 @@ class Partial:
         kinds = {kind: sum(s["reason"].startswith(kind) for s in skipped) for kind in ("missing", "broken", "no row")}
         report = {"found": total - kinds["missing"], **kinds, "shorter than 3 s": named(arrays["length"] < 3 * rate),
                   "silent": named(arrays["peak"] < 1e-4), "clipped": named(arrays["clipped"] > 1e-3),
-                  "turned down": named(arrays["peak"] > 1),
-                  "duplicate": named(~np.isin(np.arange(len(rows)), original)),
+                  "turned down": int((arrays["peak"] > 1).sum()),
+                  "duplicate": named(~np.isin(np.arange(len(arrays["id"])), original)),
                   "rates": {str(hz): int(n) for hz, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
         meta = {**head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
                 "published": listing.published, "clips": count(lambda own: int(own.sum())),
@@ -493,7 +499,7 @@ def _pool(jobs, workers, timeout, load):
         process.kill()
         return {"lengths": [], "reason": f"broken: {reason}"}, b""
 
-    idle.extend(start() for _ in range(min(workers, len(jobs))))
+    idle.extend(start() for _ in range(workers))
     threads, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for job in jobs:
