@@ -10,15 +10,15 @@
 The protocol. Every clip is cut into all its non-overlapping full windows; the frozen encoder turns each into features,
 once. A linear layer (`--hidden 512`: one hidden layer) is trained on the windows of the training clips with Adam. After
 each epoch (of at least `--min-steps` steps) the validation clips are scored; `--patience` epochs without a better score
-end it, the best state is kept. A clip's score is the mean of its windows' probabilities. The test clips are scored once,
-by the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
+end it, the best state is kept. A clip's score is the mean of its windows' probabilities. Test clips are scored once, by
+the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
 
 Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and mean over clips; a tag or
 clip without a positive or without a negative has neither, is left out and counted. Single label: accuracy and confusion
 (a row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and
 beside the untrained control (`--random`) the paired interval of the difference.
 
-Leaves behind, beside the checkpoint or where `--out` and `--export` say: evaluate-DATA.json, which explains the numbers;
+Leaves behind, beside the checkpoint or where `--out`, `--export` say: evaluate-DATA.json, which explains the numbers;
 encoder.ts, encoder.pt2, tagger.ts; and the features in data/NAME/features/. `--embed` leaves a FILE.npz per file:
 `embedding` (n, D) and `timestamps` (n,), the windows' starts in seconds. A README's tables stand between
 `<!-- table: results/x.json -->` and `<!-- /table -->`; `--table README.md` renews them. Pictures: transfer.py.
@@ -41,8 +41,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-METRICS = {"multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "clip_roc_auc": "clip ROC", "clip_pr_auc": "clip PR"},
-           "singlelabel": {"accuracy": "accuracy"}}
+METRICS = {
+    "multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "clip_roc_auc": "clip ROC", "clip_pr_auc": "clip PR"},
+    "singlelabel": {"accuracy": "accuracy"}}
 LOSS = {"multilabel": F.binary_cross_entropy_with_logits, "singlelabel": F.cross_entropy}  # of logits, targets (n, K)
 DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,10 +106,10 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
     """A subset of examples, labels (N, K) 0/1, in which every tag keeps its share (section 4.3) -> (n,) ascending.
 
     balanced: put the examples in an order, each time by the next of the tag with the smallest share so far, the rarest
-        first; while there are tags without any, by the example that serves most of them. The first round(fraction N) are
-        the subset: those of one seed are nested. Examples with no tag, one, two ... keep their share like a tag.
-    v1: the released code's rule: of each combination of tags max(1, int(fraction n)), at random. Its 1 % of the 187,060
-        windows of MagnaTagATune are 6,677.
+        first; while there are tags without any, by the example that serves most of them. The first round(fraction N)
+        are the subset: those of one seed are nested. Examples with no tag, one, two ... keep their share like a tag.
+    v1: the released code's rule: of each combination of tags max(1, int(fraction n)), at random. Its 1 % of the
+        187,060 windows of MagnaTagATune are 6,677.
 
     >>> np.eye(4, dtype=int).repeat(10, 0)[take_fraction(np.eye(4).repeat(10, 0), 0.2)].sum(0)
     array([2, 2, 2, 2])
@@ -178,12 +179,25 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
     return {"epochs": epoch, "best_epoch": best_epoch, "valid": best[0], "valid_loss": -best[1]}
 
 
-def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0, **how):
+@contextlib.contextmanager
+def one_thread():
+    """For steps so small that threads lose more by waiting for each other than they gain, above all on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0,
+              **how):
     """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7).
 
     Args: x (n, D), y (n, K) 0/1: training windows; valid_x (m, D), valid_y (m, K), valid_clip (m,): validation windows,
-        and the clip each is of; min_steps: an epoch has at least so many (MagnaTagATune's has 731), so a small set is gone
-        through several times in one; how: lr, weight_decay, patience, epochs of `train`.
+        and the clip each is of; min_steps: an epoch has at least so many (MagnaTagATune's has 731), so a small set is
+        gone through several times in one; how: lr, weight_decay, patience, epochs of `train`.
     Returns: the module (n, D) -> (n, K) logits that was best in validation, and what `train` says.
 
     >>> x = torch.eye(4).repeat(50, 1)
@@ -209,13 +223,13 @@ def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, b
 def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0):
     """Logistic regression on standardised features, to the optimum: is the optimiser of `fit_probe` the bottleneck?
 
-    The minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation; the
-    standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
+    The minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation;
+    the standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
     centre, scale, y, best = x.mean(0), x.std(0).clamp_min(1e-6), y.float(), ((-math.inf,),)
     z, layer, n = (x - centre) / scale, nn.Linear(x.shape[1], y.shape[1]), y.numel() if task == "multilabel" else len(y)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     for strength in strengths:  # each from the optimum of the one before
-        optimiser = torch.optim.LBFGS(layer.parameters(), 1, 1000, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS(layer.parameters(), 1, 1000, None, 1e-7, 1e-10, line_search_fn="strong_wolfe")
 
         def closure():
             optimiser.zero_grad()
@@ -228,7 +242,8 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
             probe[0].weight.copy_(layer.weight / scale)
             probe[0].bias.copy_(layer.bias - probe[0].weight @ centre)
             value = validation(probe(valid_x), valid_y.float(), valid_clip, task)
-        best = max(best, (value, probe, {"strength": strength, "valid": value[0], "valid_loss": -value[1]}), key=lambda b: b[0])
+        fit = {"strength": strength, "valid": value[0], "valid_loss": -value[1]}
+        best = max(best, (value, probe, fit), key=lambda b: b[0])
     return best[1:]
 
 
@@ -275,8 +290,8 @@ def score(scores, labels, task="multilabel"):
     """Metrics of clip scores (N, K), probabilities or anything in the same order, and labels (N, K) 0/1 (section 4.1).
 
     Returns: multilabel: roc_auc, pr_auc (mean over tags), clip_roc_auc, clip_pr_auc (mean over clips), tag_roc_auc, tag
-        (K,: PR-AUC), tags_left_out, clips_left_out; singlelabel: accuracy, confusion (K, K), tag (K,: recall). What does
-        not exist (no positive, no negative) is NaN, and left out of the means.
+        (K,: PR-AUC), tags_left_out, clips_left_out; singlelabel: accuracy, confusion (K, K), tag (K,: recall). What
+        does not exist (no positive, no negative) is NaN, and left out of the means.
     Raises: ValueError: shapes that differ, no clip, or scores that are NaN.
 
     >>> score(np.eye(3), np.eye(3, dtype=int), "singlelabel")["accuracy"]
@@ -313,10 +328,10 @@ def interval(draws, value):
 
 
 def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
-    """Resample the test songs, group (N,), with replacement (the clips of a song stay together); take all metrics again.
+    """Resample the test songs, group (N,), with replacement (clips of a song stay together); take all metrics again.
 
-    Args: scores (S, N, K) of S seeds; labels (N, K). Returns: {metric: (n,)}, the mean over the seeds, and `tag` (n, K).
-    The same data and seed give the same resamples, so two encoders can be compared resample by resample."""
+    Args: scores (S, N, K) of S seeds; labels (N, K). Returns: {metric: (n,)}, the mean of the seeds; `tag` (n, K). The
+    same data and seed give the same resamples, so two encoders can be compared resample by resample."""
     song, runs = np.unique(group, return_inverse=True)[1].reshape(-1), []
     share = np.full(song.max() + 1, 1 / (song.max() + 1))
     weights = np.random.default_rng([seed, 3]).multinomial(len(share), share, n)[:, song].astype(np.float64)  # (n, N)
@@ -324,7 +339,8 @@ def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
         for s in np.asarray(scores):
             if task == "singlelabel":
                 right = labels * (s.argmax(1) == labels.argmax(1))[:, None]
-                runs.append({"accuracy": weights @ right.sum(1) / weights.sum(1), "tag": weights @ right / (weights @ labels)})
+                recall = weights @ right / (weights @ labels)
+                runs.append({"accuracy": weights @ right.sum(1) / weights.sum(1), "tag": recall})
                 continue
             tags = np.empty((2, n, labels.shape[1]))
             for k in range(labels.shape[1]):
@@ -344,11 +360,12 @@ def usable(clips, size):
     labelled = clips.labels.sum(1) == 1 if clips.task == "singlelabel" else np.ones(len(clips), bool)
     for i, split in enumerate(("train", "valid", "test")):
         rows[split] = np.flatnonzero((labelled & (clips.split == i))[clip])
-        counts[split] = {"clips": len(np.unique(clip[rows[split]])), "songs": len(np.unique(clips.group[clip[rows[split]]])),
-                         "windows": len(rows[split]), "too_short": int((short & (clips.split == i)).sum()),
+        of = clip[rows[split]]
+        counts[split] = {"clips": len(np.unique(of)), "songs": len(np.unique(clips.group[of])), "windows": len(of),
+                         "too_short": int((short & (clips.split == i)).sum()),
                          "without_label": int((~labelled & (clips.split == i)).sum())}
         if not len(rows[split]):
-            raise ValueError(f"{clips.name}: no usable clip in {split} ({counts[split]}); expected train, valid and test")
+            raise ValueError(f"{clips.name}: no usable clip in {split} ({counts[split]}); it takes train, valid, test")
     return rows, counts
 
 
@@ -365,7 +382,7 @@ def probe_on(h, clip, clips, rows, fit=fit_probe, **options):
 def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=contextlib.nullcontext, **options):
     """The same with encoder and layer trained together (section 4.3): the supervised baseline, or fine-tuning.
 
-    build(seed): the encoder to start from. An epoch is one random window of every clip; with mode v1 the given windows."""
+    build(seed): the encoder to start from. An epoch is one random window of every clip; of mode v1 its windows."""
     labels = torch.from_numpy(clips.labels).float()
 
     def run(chosen, seed):
@@ -379,7 +396,7 @@ def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=cont
             order = rng.permutation(len(examples))
             order = order[: len(order) // batch_size * batch_size or len(order)]  # a short batch has odd statistics
             y = labels[examples[order]].to(device).split(batch_size)
-            return ((x.to(device), y[i]) for i, x in enumerate(crops(clips, examples[order], begin[order], size, batch_size)))
+            return zip((x.to(device) for x in crops(clips, examples[order], begin[order], size, batch_size)), y)
 
         def logits(split):
             with autocast():
@@ -388,18 +405,18 @@ def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=cont
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = nn.Sequential(encoder, nn.Dropout(0.5), nn.Linear(encoder.out_dim, labels.shape[1])).to(device)
-            info = train(network, batches, lambda: validation(logits("valid"), labels[valid], valid, clips.task), clips.task,
-                         autocast=autocast, **options)
+            info = train(network, batches, lambda: validation(logits("valid"), labels[valid], valid, clips.task),
+                         clips.task, autocast=autocast, **options)
         return network, info, logits("test")
     return run
 
 
 def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", clip_score="sigmoid", resamples=1000):
-    """The protocol at the head of this file -> one dict per fraction: mean, std, interval of each metric; per_tag; runs (per
-    seed: what was kept, how training went, every metric). Keys that begin with _ are for the caller, not for the JSON.
+    """The protocol at the head of this file -> one dict per fraction: mean, std, interval of each metric; per_tag; runs
+    (per seed: what was kept, how training went, every metric). Keys that begin with _ are not for the JSON.
 
     Args: fit: from `probe_on` or `network_on`. clips: all of a prepared data set. size: samples of a window."""
-    (clip, _), (rows, _), results, names = windows(clips.length, size), usable(clips, size), [], list(METRICS[clips.task])
+    clip, rows, results, names = windows(clips.length, size)[0], usable(clips, size)[0], [], list(METRICS[clips.task])
     test, where = np.unique(clip[rows["test"]], return_inverse=True)
     y, owner = clips.labels, clip[rows["train"]]
     for fraction in fractions:
@@ -414,8 +431,9 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
             modules.append(module)
             scores.append(clip_scores(logits, where, len(test), clips.task, clip_score))
             kept = np.unique(clip[chosen])
-            runs.append({"seed": seed, "clips": len(kept), "songs": len(np.unique(clips.group[kept])), "windows": len(chosen),
-                         "positives": y[kept].sum(0, dtype=int), **info, **score(scores[-1], y[test], clips.task)})
+            runs.append({"seed": seed, "clips": len(kept), "songs": len(np.unique(clips.group[kept])),
+                         "windows": len(chosen), "positives": y[kept].sum(0, dtype=int), **info,
+                         **score(scores[-1], y[test], clips.task)})
         draws = bootstrap(scores, y[test], clips.group[test], clips.task, resamples)
         each = {name: np.stack([run[name] for run in runs]) for name in (*names, "tag")}
         value = {name: mean(each[name], 0) for name in each}
@@ -424,8 +442,8 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
             "fraction": fraction, "mean": {name: value[name] for name in names},
             "std": {name: each[name].std(ddof=1) if len(runs) > 1 else None for name in names},
             "interval": {name: span[name] for name in names},
-            "per_tag": {tag: {"positives": int(y[test, k].sum()), "value": value["tag"][k], "interval": span["tag"][:, k]}
-                        for k, tag in enumerate(clips.tags)},
+            "per_tag": {tag: {"positives": y[test, k].sum(dtype=int), "value": value["tag"][k],
+                              "interval": span["tag"][:, k]} for k, tag in enumerate(clips.tags)},
             "runs": runs, "_draws": draws, "_scores": np.mean(scores, 0),
             "_module": modules[int(np.argmax([run["valid"] for run in runs]))]})
     return results
@@ -449,7 +467,8 @@ def table(result):
     """The markdown of a result: its `caption`, and its `table`, a list of {column: text}."""
     columns = list(dict.fromkeys(column for row in result["table"] for column in row))
     lines = [columns, ["---"] * len(columns)] + [[str(row.get(c, "")) for c in columns] for row in result["table"]]
-    return "\n".join([result.get("caption", ""), ""] + ["| " + " | ".join(line) + " |" for line in lines]).strip() + "\n"
+    lines = [result.get("caption", ""), "", *("| " + " | ".join(line) + " |" for line in lines)]
+    return "\n".join(lines).strip() + "\n"
 
 
 def refresh(text, root):
@@ -461,8 +480,8 @@ def refresh(text, root):
 # ----------------------------------------------------------------------------------------------------------- take home
 
 def frames(net, waveform, hop=None):
-    """Audio (T,) -> rows (n, D or K) of its windows, their starts (n,) in seconds, was it padded (audio shorter than a window
-    is, with silence). net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts; hop in seconds."""
+    """Audio (T,) -> rows (n, D or K) of its windows, their starts (n,) in seconds, was it padded (audio shorter than a
+    window is, with silence). net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts; hop in seconds."""
     step = net.input_samples if hop is None else max(1, round(hop * net.sample_rate))
     padded = F.pad(waveform, (0, max(0, net.input_samples - len(waveform))))
     with torch.no_grad():
@@ -490,7 +509,7 @@ def embed_files(net, paths, out, decode, suffixes, hop=None, overwrite=False):
         np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
         target.with_suffix(".partial.npz").replace(target)
         print(f"{target} {rows.shape}" + ", shorter than a window, padded with silence" * padded)
-    print("\n".join([f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *("failed: " + what for what in failed)]))
+    print("\n".join([f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *map("failed: {}".format, failed)]))
     return len(failed)
 
 
@@ -512,7 +531,7 @@ def tag_file(net, file, decode, hop=None, top=10, picture=None):
 # ------------------------------------------------------------------------------------------------------------- program
 
 def run(args, clips, encoder, info, model):
-    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: the module model.py."""
+    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
     if clips.task == "none":
         raise ValueError(f"{clips.name} has no labels: expected tagged data, e.g. prepared with --labels FILE.csv")
     if info.get("sample_rate") not in (None, clips.sample_rate):
@@ -530,9 +549,10 @@ def run(args, clips, encoder, info, model):
 
     def frozen(new):
         amp, before[new] = model.choose_amp(device, args.amp), model.weights_sha256(new)
-        key = hashlib.sha256(json.dumps([before[new], new.name, new.sizes, clips.fingerprint, amp]).encode()).hexdigest()
-        return features(model.fold_batch_norm(new).to(device, DTYPE[amp]), clips, size, 16 if device.type == "cpu" else 256,
-                        clips.folder / "features" / f"{key[:24]}.npz")
+        key = json.dumps([before[new], new.name, new.sizes, clips.fingerprint, amp]).encode()
+        cache = clips.folder / "features" / f"{hashlib.sha256(key).hexdigest()[:24]}.npz"
+        fast = model.fold_batch_norm(new).to(device, DTYPE[amp])
+        return features(fast, clips, size, 16 if device.type == "cpu" else 256, cache)
 
     state, size, before, kept, jobs = encoder and encoder.state_dict(), build(0).input_samples, {}, [], []
     (rows, counts), clip = usable(clips, size), windows(clips.length, size)[0]
@@ -558,19 +578,23 @@ def run(args, clips, encoder, info, model):
     for control in [r for r in results if r["model"] == "untrained"]:
         for r in [r for r in results if r["fraction"] == control["fraction"] and r is not control]:
             less = {m: r["mean"][m] - control["mean"][m] for m in names}
-            r["over_untrained"] = {m: {"mean": less[m], "interval": interval(r["_draws"][m] - control["_draws"][m], less[m])}
-                                   for m in names}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+            r["over_untrained"] = {m: {"mean": less[m], "interval": interval(
+                r["_draws"][m] - control["_draws"][m], less[m])} for m in names}
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     return {
-        "kind": "evaluate", "caption": f"{clips.name}, {' / '.join(str(counts[s]['clips']) for s in counts)} clips to train / "
-        f"validate / test ({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, "
-        "[95 % interval over test songs].", "table": [
-            {"model": r["model"], "probe": r["probe"], "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
-             **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}} for r in results],
+        "kind": "evaluate",
+        "caption": f"{clips.name}, {' / '.join(str(c['clips']) for c in counts.values())} clips to train / validate / test "
+        f"({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, [95 % interval "
+        "over test songs].", "table": [
+            {"model": r["model"], "probe": r["probe"],
+             "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
+             **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}}
+            for r in results],
         "data": {"name": clips.name, "split": clips.meta.get("split_name"), "counts": counts, "tags": clips.tags,
                  "fingerprint": clips.fingerprint, "task": clips.task},
         "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
-        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit.strip() or None, "device": str(device),
+        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit or None, "device": str(device),
         "protocol": vars(args), "results": results, "_encoder": build(0, state), "_features": kept}
 
 
@@ -583,7 +607,7 @@ def take_home(args, prepare, model):
         net = model.Exported(model.fold_batch_norm(encoder), info["sample_rate"] or prepare.SAMPLE_RATE)
         net.to(device, DTYPE[model.choose_amp(device, args.amp)]).eval()
     if args.tag and not net.tags:
-        raise ValueError(f"{args.ckpt} knows no tags: expected the tagger.ts that an evaluation leaves beside its encoder.pt")
+        raise ValueError(f"{args.ckpt} knows no tags: expected a tagger.ts, which an evaluation leaves")
     for file in args.tag or ():
         picture = (args.out or Path()) / f"{file.name}.png" if args.plot else None
         tag_file(net, file, prepare.decode, args.hop, picture=picture)
@@ -598,11 +622,11 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--data", help="prepared data: a name under data/ or a path (default: what the encoder was trained on)")
-    add("--fraction", type=float, nargs="+", default=[1.0], metavar="F", help="shares of the training labels, in (0, 1]")
+    add("--fraction", type=float, nargs="+", default=[1.0], metavar="F", help="shares of the training labels in (0, 1]")
     add("--fraction-mode", choices=["balanced", "v1"], default="balanced", help="v1: the released code's rule")
-    add("--embed", nargs="+", type=Path, metavar="PATH", help="instead: features of these files and folders, into --out")
+    add("--embed", nargs="+", type=Path, metavar="PATH", help="instead: features of files and folders, into --out")
     add("--tag", nargs="+", type=Path, metavar="FILE", help="instead: the tags of these files, by a tagger.ts")
-    add("--table", nargs="+", type=Path, metavar="FILE", help="instead: print the tables of results, renew a README.md's")
+    add("--table", nargs="+", type=Path, metavar="FILE", help="instead: print tables of results, renew a README.md's")
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, metavar="FILE", help="encoder.pt; with --embed also encoder.ts, with --tag tagger.ts")
     add("--encoder", default="samplecnn", help="without --ckpt: what --random and --supervised build")
@@ -620,14 +644,14 @@ def build_parser():
     add("--epochs", type=int, default=1000, metavar="N", help="the most epochs")
     add("--min-steps", type=int, default=500, metavar="N", help="steps that an epoch of a probe has at least")
     add("--batch-size", type=int, metavar="N", help="windows per step (default: probes 256, networks 48)")
-    add("--clip-score", choices=["sigmoid", "logit"], default="sigmoid", help="mean of the probabilities or of the logits")
+    add("--clip-score", choices=["sigmoid", "logit"], default="sigmoid", help="mean of probabilities or logits")
     add = parser.add_argument_group("run").add_argument
     add("--seeds", type=int, default=3, metavar="N", help="how many seeds")
     add("--seed", type=int, default=0, help="the first of them")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the test songs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the encoder runs")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="off", help="precision of the encoder; off: float32")
-    add("--out", type=Path, metavar="PATH", help="metrics JSON (default: evaluate-DATA.json beside --ckpt); --embed: folder")
+    add("--out", type=Path, metavar="PATH", help="metrics JSON (default: beside --ckpt); --embed, --tag: a folder")
     add("--export", type=Path, metavar="DIR", help="for encoder.ts, encoder.pt2, tagger.ts (default: beside --ckpt)")
     add("--hop", type=float, metavar="S", help="--embed, --tag: seconds from window to window (default: a window)")
     add("--overwrite", action="store_true", help="--embed: also files that are embedded already")
@@ -641,16 +665,16 @@ def main(argv=None):
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
-    numbers = (args.seeds, args.patience, args.epochs, args.min_steps, args.bootstrap, args.batch_size or 1, args.hidden + 1)
+    numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "bootstrap")]
     for path in (args.ckpt, *(args.embed or ()), *(args.tag or ()), *(args.table or ())):
         if path and not path.exists():
             parser.error(f"{path}: no such file")
     for wrong, what in (
-            (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt FILE, e.g. runs/NAME/encoder.pt"),
-            (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt FILE"),
+            (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt runs/NAME/encoder.pt"),
+            (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
-            (min(numbers) < 1, "--seeds --patience --epochs --min-steps --bootstrap --batch-size are at least 1, --hidden 0")):
+            (min(*numbers, args.batch_size or 1, args.hidden + 1) < 1, "--seeds, --epochs ... are at least 1")):
         if wrong:
             parser.error(what)
     try:
@@ -670,16 +694,19 @@ def main(argv=None):
             clips = prepare.Clips(prepare.find(args.data or info["data"]))
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
-        result = {"argv": ["evaluate.py", *(sys.argv[1:] if argv is None else argv)], **run(args, clips, encoder, info, model)}
+        result = run(args, clips, encoder, info, model)
+        result["argv"] = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
         home = args.ckpt.parent if args.ckpt else Path("runs")
         out = args.out or home / f"evaluate-{clips.name}.json"
         model.write_atomically(out, to_json(result).encode())
         print(f"{table(result)}\n{out}")
         if encoder:
-            best = max((r for r in result["results"] if r["model"] == result["results"][0]["model"]), key=lambda r: r["fraction"])
+            probed = result["results"][: len(args.fraction)]  # the first rows are this encoder's
+            probe = max(probed, key=lambda r: r["fraction"])["_module"]
+            tagger = {"head": probe, "tags": clips.tags, "task": clips.task}
             facts = {"data": clips.name, "fingerprint": clips.fingerprint}
-            tagger = {"head": best["_module"], "tags": clips.tags, "task": clips.task}
-            for name, export, options in (("encoder.ts", model.export_torchscript, {}), ("encoder.pt2", model.export_program, {}),
+            for name, export, options in (("encoder.ts", model.export_torchscript, {}),
+                                          ("encoder.pt2", model.export_program, {}),
                                           ("tagger.ts", model.export_torchscript, tagger)):
                 export(result["_encoder"], (args.export or home) / name, clips.sample_rate, info=facts, **options)
                 print((args.export or home) / name)
