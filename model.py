@@ -35,9 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine: three choices that every script makes in the same way
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------- The machine: three choices that every script makes in the same way
 
 
 def tune_allocator():
@@ -92,9 +90,7 @@ def autocast(device, amp="auto"):
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=amp != "off")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SampleCNN 3^9 (section 3.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- SampleCNN 3^9 (section 3.3)
 
 
 def he_init(module):
@@ -202,9 +198,7 @@ class SampleCNNLarge(SampleCNN):
     channels = (128, 128, 128, 256, 256, 256, 512, 512, 512, 1024, 1024)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contrastive Predictive Coding (section 3.5), the paper's comparison
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- Contrastive Predictive Coding (section 3.5), the paper's comparison
 
 
 class CPC(nn.Module):
@@ -235,9 +229,11 @@ class CPC(nn.Module):
         self.out_dim = context_dim * (2 if pool == "mean+last" else 1)
         self.context_dim, self.frame_dim = context_dim, frame_dim
         self.input_samples = SampleCNN(width=1 / 64).input_samples  # the two methods see the same windows
-        layers: list[nn.Module] = []
+        layers, frames = [], self.input_samples
         for i, (k, s, p) in enumerate(zip(self.kernels, self.strides, self.paddings)):
             layers += [nn.Conv1d(1 if i == 0 else frame_dim, frame_dim, k, s, p), nn.ReLU(inplace=True)]
+            frames = (frames + 2 * p - k) // s + 1
+        self.frames_per_window = frames  # 124
         self.frames = nn.Sequential(*layers)
         self.gru = nn.GRU(frame_dim, context_dim, batch_first=True)
         self.apply(he_init)
@@ -302,9 +298,7 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
     return encoder.to(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder file
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- The encoder file
 
 FORMAT = "clmr-encoder-1"
 
@@ -444,9 +438,7 @@ def _authors_keys(state):
     return renamed or None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exports that work without this file
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- Exports that work without this file
 
 
 class Exported(nn.Module):
@@ -562,9 +554,7 @@ def export_program(encoder: nn.Module, path, sample_rate: int, info=None) -> dic
     return sidecar
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- The command
 
 
 def table(encoder: nn.Module) -> str:

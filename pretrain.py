@@ -25,6 +25,7 @@ import json
 import math
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -37,10 +38,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss, over any number of processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ The loss, over any number of processes
 
 
 def world() -> tuple[int, int]:
@@ -134,9 +134,7 @@ def contrastive_top1(z_i: Tensor, z_j: Tensor) -> Tensor:
     return (s.argmax(1) == partner).float().mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLMR and CPC as modules: two views in, loss and accuracy out
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------- CLMR and CPC as modules: two views in, loss and accuracy out
 
 
 class CLMR(nn.Module):
@@ -183,6 +181,20 @@ class CPCLoss(nn.Module):
         return loss / self.steps, hits / self.steps
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes; the gradient of a sum that every process uses is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sum.apply(grad)
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch statistics over all processes on the CPU, where torch's own SyncBatchNorm refuses to work; same state-dict keys.
 
@@ -192,54 +204,17 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        y, mean, var, count = _SyncNorm.apply(x, self.weight, self.bias, self.eps)
+        over_processes = _Sum.apply if world()[1] > 1 else lambda t: t
+        high, dims, shape = x.to(torch.promote_types(x.dtype, torch.float32)), (0, 2, 3), (1, -1, 1, 1)
+        count = x.numel() / x.shape[1] * world()[1]
+        mean = over_processes(high.sum(dims).double()).div(count).to(high.dtype)
+        centred = high - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where features hardly vary, as they do early on
+        var = over_processes(centred.square().sum(dims).double()).div(count).to(high.dtype)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return y
-
-
-class _SyncNorm(torch.autograd.Function):
-    """Batch norm over (B, ., .) of every process: sums are added over processes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        shape = (1, -1, 1, 1)
-        sums = torch.stack([high.sum((0, 2, 3)), torch.full_like(weight, x.numel() / x.shape[1], dtype=high.dtype)]).double()
-        _over_processes(sums)
-        count = sums[1, 0].item()
-        mean = sums[0] / count
-        # two passes: E[x^2] - E[x]^2 cancels in float32 where features hardly vary, as they do early in training
-        var = (high - mean.to(high.dtype).view(shape)).square_().sum((0, 2, 3)).double()
-        _over_processes(var)
-        var /= count
-        mean, var = mean.to(high.dtype), var.to(high.dtype)
-        invstd = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.count = count
-        y = (high - mean.view(shape)) * (invstd * weight).view(shape) + bias.view(shape)
-        return y.to(x.dtype), mean, var, count
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, weight, mean, invstd = ctx.saved_tensors
-        shape = (1, -1, 1, 1)
-        g = grad.to(mean.dtype)
-        normed = (x.to(mean.dtype) - mean.view(shape)) * invstd.view(shape)
-        own = torch.stack([g.sum((0, 2, 3)), (g * normed).sum((0, 2, 3))])
-        total = own.to(torch.float64, copy=True)
-        _over_processes(total)
-        total = (total / ctx.count).to(mean.dtype)
-        dx = (g - total[0].view(shape) - normed * total[1].view(shape)) * (invstd * weight).view(shape)
-        return dx.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
-
-
-def _over_processes(x):
-    """The sum over processes, in place."""
-    if world()[1] > 1:
-        dist.all_reduce(x)
+        return torch.addcmul(self.bias.view(shape), centred, ((var + self.eps).rsqrt() * self.weight).view(shape)).to(x.dtype)
 
 
 def synchronise(module: nn.Module, device) -> nn.Module:
@@ -255,9 +230,7 @@ def synchronise(module: nn.Module, device) -> nn.Module:
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which audio step s sees
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------- Which audio step s sees
 
 
 def generator(seed: int, *purpose) -> torch.Generator:
@@ -352,9 +325,7 @@ class Prefetch:
         self.thread.join()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints that survive everything
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------- checkpoints that survive everything
 
 CHECKPOINT = "clmr-checkpoint-1"
 
@@ -362,11 +333,10 @@ CHECKPOINT = "clmr-checkpoint-1"
 def save_checkpoint(path, content: dict):
     """Write `content` (tensors, numbers, strings, lists, dicts) so that a good checkpoint exists at every moment.
 
-    The new file is written under a temporary name in the same folder and flushed to the disk; then the old one becomes
-    checkpoint.previous.pt and the new one takes its place. A failed write raises OSError and leaves both as they were."""
-    path = Path(path)
-    temporary = path.with_suffix(".partial")
-    buffer = io.BytesIO()
+    The new file is written under a temporary name and flushed to the disk; then the old one becomes checkpoint.previous.pt
+    and the new one takes its place. A failed write raises OSError and leaves both as they were."""
+    path, buffer = Path(path), io.BytesIO()
+    temporary, previous = path.with_suffix(".partial"), path.with_suffix(".previous.pt")
     torch.save({"format": CHECKPOINT, **content}, buffer)
     try:
         with open(temporary, "wb") as file:
@@ -374,9 +344,7 @@ def save_checkpoint(path, content: dict):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            previous = path.with_suffix(".previous.pt")
-            with contextlib.suppress(FileNotFoundError):
-                previous.unlink()
+            previous.unlink(missing_ok=True)
             os.link(path, previous)  # a second name, so that the first never goes missing
         os.replace(temporary, path)
     except OSError as error:
@@ -392,25 +360,23 @@ def load_checkpoint(path) -> dict | None:
     Raises: ValueError when files are there but none can be read, so that no run is started over by accident."""
     path, broken = Path(path), []
     for candidate in (path, path.with_suffix(".previous.pt")):
-        if not candidate.exists():
-            continue
-        try:
-            content = torch.load(candidate, map_location="cpu", weights_only=True)
-            if not isinstance(content, dict) or content.get("format") != CHECKPOINT:
-                raise ValueError(f"its format is not {CHECKPOINT!r}")
+        if candidate.exists():
+            try:
+                content = torch.load(candidate, map_location="cpu", weights_only=True)
+                if content["format"] != CHECKPOINT:
+                    raise ValueError(f"its format is not {CHECKPOINT!r}")
+            except Exception as error:  # whatever it is: not one of ours, or not whole
+                broken.append(f"{candidate} is damaged ({(str(error).splitlines() or [''])[0][:80]})")
+                continue
             if broken:
                 print(f"pretrain.py: {broken[0]}; continuing from {candidate} (step {content['step']})", file=sys.stderr)
             return content
-        except Exception as error:
-            broken.append(f"{candidate} is damaged ({(str(error).splitlines() or [''])[0][:80]})")
     if broken:
         raise ValueError("; ".join(broken) + f"; no good checkpoint is left: move {path.parent} away to begin again")
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning rate, log, curves
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ learning rate, log, curves
 
 
 def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> float:
@@ -421,9 +387,7 @@ def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> flo
     """
     if step < warmup:
         return lr * (step + 1) / warmup
-    if schedule == "constant":
-        return lr
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def read_log(folder) -> list[dict]:
@@ -435,41 +399,61 @@ def read_log(folder) -> list[dict]:
     return records
 
 
+class Log:
+    """log.jsonl and the progress on screen. Continuing at step `done` drops what an interrupted run wrote beyond it."""
+
+    def __init__(self, out, first, done, total, tensorboard=False):
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "log.jsonl"
+        kept = [r for r in read_log(out) if r.get("step", 0) <= done and not r.get("done")] if done and path.is_file() else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
+        self.file, self.total, self.events = open(path, "a"), total, None
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard needs the package tensorboard; type: pip install tensorboard") from None
+            self.events = SummaryWriter(out)
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        shown = {k: v for k, v in record.items() if k in ("loss", "top1", "pairs_per_s", "wait", "probe")}
+        for key, value in shown.items() if self.events else ():
+            self.events.add_scalar(key, value, record["step"])
+        if not self.bar.disable:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(record["step"] - self.bar.n)
+        elif shown:
+            left = (self.total - record["step"]) * record["pairs"] / record["step"] / record["pairs_per_s"] / 60 if "pairs" in record else 0
+            print(f"step {record['step']}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  left {left:.0f} min" * (left > 0), flush=True)
+
+    def close(self):
+        for part in filter(None, (self.bar, self.file, self.events)):
+            part.close()
+
+
 def plot(folder) -> Path:
-    """log.jsonl -> curves.png: loss, contrastive accuracy, probe, learning rate over steps."""
+    """log.jsonl -> curves.png: loss, contrastive accuracy, probe and learning rate over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = [r for r in read_log(folder) if "loss" in r or "probe" in r]
-    panels = [(key, title) for key, title in (("loss", "contrastive loss"), ("top1", "contrastive top-1"), ("probe", "quick probe, validation"),
-                                              ("lr", "learning rate")) if any(key in r for r in records)]
-    if not panels:
+    titles = {"loss": "contrastive loss", "top1": "contrastive top-1", "probe": "quick probe, validation", "lr": "learning rate"}
+    curves = {key: [(r["step"], r[key]) for r in read_log(folder) if key in r and "step" in r] for key in titles}
+    curves = {key: points for key, points in curves.items() if points}
+    if not curves:
         raise ValueError(f"{folder}/log.jsonl holds no steps yet; let the run reach its first --log-every")
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    for axis, (key, title) in zip(np.atleast_1d(axes), panels):
-        axis.plot([r["step"] for r in records if key in r], [r[key] for r in records if key in r], ".-" if key == "probe" else "-")
-        axis.set(xlabel="step", title=title)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.2), layout="constrained")
+    for axis, (key, points) in zip(np.atleast_1d(axes), curves.items()):
+        axis.plot(*zip(*points), ".-" if key == "probe" else "-")
+        axis.set(xlabel="step", title=titles[key])
         axis.grid(alpha=0.3)
-    out = Path(folder) / "curves.png"
-    figure.savefig(out, dpi=110)
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
     plt.close(figure)
-    return out
-
-
-def code_version() -> str:
-    """The git commit of this file's folder, `+` when it has changes; `unknown` outside a repository."""
-    try:
-        git = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An eye on the representation while it trains
-# ---------------------------------------------------------------------------------------------------------------------
+    return Path(folder) / "curves.png"
 
 
 def quick_probe(encoder, train, valid, device, most=600, ridge=1.0) -> float | None:
@@ -479,181 +463,128 @@ def quick_probe(encoder, train, valid, device, most=600, ridge=1.0) -> float | N
     Args: train, valid: Clips with labels; most: clips used of each, evenly spread. None where validation has no labels."""
     from sklearn.metrics import roc_auc_score
 
-    features, labels = [], []
-    was_training = encoder.training
+    n, features, labels, training = encoder.input_samples, [], [], encoder.training
     encoder.eval()
     for clips in (train, valid):
-        usable = np.flatnonzero((clips.length >= encoder.input_samples) & (clips.labels.sum(1) > 0))
+        usable = np.flatnonzero((clips.length >= n) & (clips.labels.sum(1) > 0))
         if len(usable) < 2:
+            encoder.train(training)
             return None
         usable = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).astype(int)]
-        start = (clips.length[usable] - encoder.input_samples) // 2
         with torch.no_grad():
-            rows = [encoder(clips.crops(usable[i : i + 16], start[i : i + 16], encoder.input_samples).to(device)).double().cpu()
-                    for i in range(0, len(usable), 16)]
+            rows = [encoder(clips.crops(part, (clips.length[part] - n) // 2, n).to(device)).double().cpu()
+                    for part in np.array_split(usable, -(-len(usable) // 16))]
         features.append(torch.cat(rows))
         labels.append(torch.from_numpy(clips.labels[usable]).double())
-    encoder.train(was_training)
+    encoder.train(training)
     mean, std = features[0].mean(0), features[0].std(0).clamp_min(1e-9)
     x, v = ((f - mean) / std for f in features)
-    y = labels[0] - labels[0].mean(0)
-    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
-    scores, truth = (v @ weights + labels[0].mean(0)).numpy(), labels[1].numpy()
+    bias, truth = labels[0].mean(0), labels[1].numpy()
+    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (labels[0] - bias))
+    scores = (v @ weights + bias).numpy()
     if train.task == "singlelabel":
         return float((scores.argmax(1) == truth.argmax(1)).mean())
     both = (truth.sum(0) > 0) & (truth.sum(0) < len(truth))
     return float(roc_auc_score(truth[:, both], scores[:, both], average="macro")) if both.any() else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- the command
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train an encoder on unlabelled music. The defaults are the paper's.",
-                                     usage="python pretrain.py --data NAME [options]   (--help lists all; torchrun --nproc_per_node=2 for two processes)",
-                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="NAME", help="prepared folder: a name under data/ or a path; its train split is used")
-    group.add_argument("--positives", choices=["song", "clip"], default="song", help="both crops anywhere in the song, or in one clip of it")
-    group.add_argument("--transforms", nargs="*", metavar="NAME", help="augmentations to use, in the chain's order (python augment.py --help; none for "
-                       "crop only; CLMR: all, CPC: none, unless given)")
-    group.add_argument("--probability", nargs="+", default=[], metavar="NAME=P", help="probabilities that differ from the chain's table")
-    group.add_argument("--asymmetric", action="store_true", help="augment the first view only (Table 2)")
-    group = parser.add_argument_group("model")
-    group.add_argument("--method", choices=["clmr", "cpc"], default="clmr", help="contrastive learning of two views, or predictive coding")
-    group.add_argument("--encoder", metavar="NAME", help="samplecnn or samplecnn-large; CPC has its own (default: the method's)")
-    group.add_argument("--width", type=float, default=1.0, help="factor on all channels; 0.125 trains in minutes on a CPU")
-    group.add_argument("--projection", type=int, default=128, help="dimensions of the projection z")
-    group.add_argument("--recompute", type=int, default=0, metavar="BLOCKS", help="keep less of so many first blocks for the backward pass: less "
-                       "memory, some more time, the same gradients")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--loss", choices=list(LOSSES), default="nt-xent", help="contrastive loss")
-    group.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss")
-    group.add_argument("--batch-size", type=int, help="pairs of the global batch, over all processes (default: 96; CPC: 64)")
-    group.add_argument("--lr", type=float, default=3e-4, help="of Adam")
-    group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
-    group.add_argument("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up of the learning rate")
-    group.add_argument("--epochs", type=int, default=10_000, help="length of the run; an epoch is one pair of every song")
-    group.add_argument("--max-steps", type=int, help="length of the run in steps, instead of --epochs")
-    group.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: where the hardware has it")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME)")
-    group.add_argument("--seed", type=int, default=0, help="of initialisation, order, crops and augmentations")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    group.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint and encoder file")
-    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="line in log.jsonl, means over these steps")
-    group.add_argument("--probe-every", type=int, default=0, metavar="STEPS", help="quick linear probe on labelled train / valid windows; 0: never")
-    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
-    group.add_argument("--plot", metavar="DIR", help="draw the curves of a run folder and stop")
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py", description="Pre-train an encoder on unlabelled music. The defaults are the paper's.", allow_abbrev=False,
+        usage="python pretrain.py --data NAME [options]   (--help lists all; torchrun --nproc_per_node=2 for two processes)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="NAME", help="prepared folder: a name under data/ or a path; its train split is used")
+    add("--positives", choices=["song", "clip"], default="song", help="both crops anywhere in the song, or in one clip of it")
+    add("--transforms", nargs="*", metavar="NAME", help="augmentations to use; none: crop only (CLMR: all, CPC: none, unless given)")
+    add("--probability", nargs="+", default=[], metavar="NAME=P", help="probabilities that differ from the chain's table in augment.py")
+    add("--asymmetric", action="store_true", help="augment the first view only (Table 2)")
+    add = parser.add_argument_group("model").add_argument
+    add("--method", choices=["clmr", "cpc"], default="clmr", help="contrastive learning of two views, or predictive coding")
+    add("--encoder", metavar="NAME", help="samplecnn or samplecnn-large; CPC has its own (default: the method's)")
+    add("--width", type=float, default=1.0, help="factor on all channels; 0.125 trains in minutes on a CPU")
+    add("--projection", type=int, default=128, help="dimensions of the projection z")
+    add("--recompute", type=int, default=0, metavar="BLOCKS", help="keep less of so many first blocks for the backward pass: less memory, same gradients")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--loss", choices=list(LOSSES), default="nt-xent", help="contrastive loss")
+    add("--temperature", type=float, default=0.5, help="of the contrastive loss")
+    add("--batch-size", type=int, help="pairs of the global batch, over all processes (default: 96; CPC: 64)")
+    add("--lr", type=float, default=3e-4, help="of Adam")
+    add("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="linear warm-up of the learning rate")
+    add("--epochs", type=int, default=10_000, help="length of the run; an epoch is one pair of every song")
+    add("--max-steps", type=int, help="length of the run in steps, instead of --epochs")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="mixed precision; auto: where the hardware has it")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="run folder (default: runs/NAME)")
+    add("--seed", type=int, default=0, help="of initialisation, order, crops and augmentations")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    add("--save-every", type=int, default=100, metavar="STEPS", help="checkpoint and encoder file")
+    add("--log-every", type=int, default=10, metavar="STEPS", help="line in log.jsonl, means over these steps")
+    add("--probe-every", type=int, default=0, metavar="STEPS", help="quick linear probe on labelled train / valid windows; 0: never")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
+    add("--plot", metavar="DIR", help="draw the curves of a run folder and stop")
     return parser
 
 
 def check_arguments(parser, args):
-    """Whatever can be refused before any work is done; fills the defaults that depend on the method."""
-    args.encoder = args.encoder or ("cpc" if args.method == "cpc" else "samplecnn")
-    args.batch_size = args.batch_size or (64 if args.method == "cpc" else 96)
-    if (args.method == "cpc") != (args.encoder == "cpc"):
-        parser.error(f"--encoder {args.encoder} does not go with --method {args.method}; clmr takes samplecnn or samplecnn-large, cpc takes cpc")
-    for name in ("batch_size", "epochs", "max_steps", "save_every", "log_every", "projection", "lr", "temperature", "width"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    for name in ("warmup", "probe_every"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % processes:
-        near = [n for n in (args.batch_size // processes * processes, -(-args.batch_size // processes) * processes) if n >= 2 * processes]
-        parser.error(f"--batch-size {args.batch_size} does not divide by {processes} processes; the nearest that do: {', '.join(map(str, near))}")
-    probability = {}
-    for item in args.probability:
-        name, _, value = item.partition("=")
-        try:
-            probability[name] = float(value)
-        except ValueError:
-            parser.error(f"--probability takes NAME=P with P in [0, 1], e.g. filter=0.8, not {item!r}")
-    args.probability = probability
-    if args.transforms is None and args.method == "cpc":
-        args.transforms = []
-    elif args.transforms == ["none"]:
-        args.transforms = []
-
-
-def main(argv=None):
-    import augment
-    import model
-    import prepare
-
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.plot:
-        if not (Path(args.plot) / "log.jsonl").is_file():
-            parser.error(f"--plot {args.plot}: no log.jsonl there; give a run folder, e.g. runs/NAME")
-        try:
-            print(plot(args.plot))
-            return 0
-        except ValueError as error:
-            print(f"pretrain.py: error: {error}", file=sys.stderr)
-            return 1
+    """Refuse whatever can be refused before any work is done; fill the defaults that depend on the method."""
+    cpc = args.method == "cpc"
+    args.encoder = args.encoder or ("cpc" if cpc else "samplecnn")
+    args.batch_size = (64 if cpc else 96) if args.batch_size is None else args.batch_size
+    args.transforms = [] if args.transforms == ["none"] or (args.transforms is None and cpc) else args.transforms
     if not args.data:
         parser.error("--data is missing: a prepared folder's name or path, e.g. --data demo")
-    check_arguments(parser, args)
+    if cpc != (args.encoder == "cpc"):
+        parser.error(f"--encoder {args.encoder} does not go with --method {args.method}; clmr takes samplecnn or samplecnn-large, cpc takes cpc")
+    if cpc and args.recompute:
+        parser.error("--recompute is for the SampleCNN encoders; leave it out with --method cpc")
+    for name in ("batch_size", "epochs", "max_steps", "save_every", "log_every", "projection", "lr", "temperature", "width", "warmup", "probe_every", "recompute"):
+        value = getattr(args, name)
+        if value is not None and not (0 if name in ("warmup", "probe_every", "recompute") else 1e-300) <= value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range: a finite number above 0 is expected")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % size:
+        near = [n for n in (args.batch_size // size * size, -(-args.batch_size // size) * size) if n >= 2 * size]
+        parser.error(f"--batch-size {args.batch_size} does not divide by {size} processes; the nearest that do: {', '.join(map(str, near))}")
     try:
-        folder = prepare.find(args.data)
-        chain = augment.Chain(1, args.transforms, args.probability) if args.transforms != [] else None  # names and numbers are right?
-        device, amp = model.choose_device(args.device), None
-        amp = model.choose_amp(device, args.amp)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model.tune_allocator()
-    if size > 1:
-        enough = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
-    try:
-        return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp, rank, size)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if rank == 0 or isinstance(error, OSError):
-            print(f"pretrain.py: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        args.probability = {name: float(value) for name, _, value in (item.partition("=") for item in args.probability)}
+    except ValueError:
+        parser.error(f"--probability takes NAME=P with P in [0, 1], e.g. filter=0.8, not {' '.join(args.probability)}")
 
 
-def train(args, clips, valid, Chain, model, device, amp, rank, size):
+def train(args, clips, valid, Chain, model, device, amp):
     """The run. Returns 0 when it is complete, 128 + the signal's number when a signal ended it early."""
+    rank, size = world()
+    say = print if rank == 0 else (lambda *a, **k: None)
     torch.manual_seed(args.seed)  # the initialisation; everything later is drawn by `generator`
     encoder = model.build_encoder(args.encoder, width=args.width)
-    if args.recompute:
-        if args.method == "cpc":
-            raise ValueError("--recompute is for the SampleCNN encoders; leave it out with --method cpc")
-        encoder.recompute(args.recompute)
     if args.method == "cpc":
-        learner = CPCLoss(encoder)
+        learner, frames = CPCLoss(encoder), encoder.frames_per_window
     else:
+        encoder.recompute(args.recompute)
         learner = CLMR(encoder, model.Projector(encoder.out_dim, args.projection), LOSSES[args.loss], args.temperature)
     pairs = Pairs(clips.length, clips.group, encoder.input_samples, args.batch_size, args.seed, args.positives)
-    total = args.max_steps or args.epochs * pairs.steps_per_epoch
     chain = None if args.transforms == [] else Chain(clips.sample_rate, args.transforms, args.probability)
+    total = args.max_steps or args.epochs * pairs.steps_per_epoch
 
     out = Path(args.out or Path("runs") / clips.name)
-    config = {k: v for k, v in vars(args).items() if k not in ("data", "out", "device", "plot", "epochs", "max_steps", "save_every", "log_every",
-                                                               "probe_every", "tensorboard", "recompute")}
-    config |= {"amp": amp, "fingerprint": clips.fingerprint, **({"steps": total} if args.schedule == "cosine" else {})}
-    checkpoint = load_checkpoint(out / "checkpoint.pt")
-    done = 0
+    free = ("data", "out", "device", "plot", "epochs", "max_steps", "save_every", "log_every", "probe_every", "tensorboard", "recompute")
+    config = {k: v for k, v in vars(args).items() if k not in free} | {"amp": amp, "fingerprint": clips.fingerprint}
+    config |= {"steps": total} if args.schedule == "cosine" else {}
+    checkpoint, done = load_checkpoint(out / "checkpoint.pt"), 0
     if checkpoint:
-        changed = [f"{k}: {checkpoint['config'].get(k)!r} then, {v!r} now" for k, v in config.items() if checkpoint["config"].get(k) != v]
+        then, done = checkpoint["config"], checkpoint["step"]
+        changed = [f"{k}: {then.get(k)!r} then, {config.get(k)!r} now" for k in {**config, **then} if then.get(k) != config.get(k)]
         if changed:
             raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, or --out for a new run")
         learner.load_state_dict(checkpoint["learner"])
-        done = checkpoint["step"]
     if size > 1 or (device.type == "cpu" and amp == "off"):
         learner = synchronise(learner, device)
-    learner.to(device)
+    learner.to(device).train()
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
@@ -665,59 +596,56 @@ def train(args, clips, valid, Chain, model, device, amp, rank, size):
     if size > 1:
         parallel = nn.parallel.DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
 
-    say = print if rank == 0 else (lambda *a, **k: None)
     say(f"{clips.name}: {pairs.songs} songs, {pairs.steps_per_epoch} steps of {args.batch_size} pairs an epoch ({pairs.dropped} songs of each epoch's end "
-        f"dropped, {pairs.left_out} clips shorter than {encoder.input_samples} samples left out); {size} process{'es' if size > 1 else ''} on {device.type}, amp {amp}")
+        f"dropped, {pairs.left_out} clips shorter than {pairs.n} samples left out); {size} process{'es' * (size > 1)} on {device.type}, amp {amp}")
     if done >= total:
         say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
         return 0
-    log = Log(out, args, config, done, {"processes": size, "device": str(device), "songs": pairs.songs, "left_out": pairs.left_out,
-                                        "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "total": total}) if rank == 0 else None
-    if done:
-        say(f"continuing from step {done} of {total}")
+    say(f"continuing from step {done} of {total}" if done else f"{total} steps")
+    log = None
+    if rank == 0:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        log = Log(out, {"command": sys.argv, "code": code_version(), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+                        "processes": size, "threads": torch.get_num_threads(), "device": str(device), "continued_from": done, "total": total,
+                        "songs": pairs.songs, "left_out": pairs.left_out, "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped,
+                        "config": config}, done, total, args.tensorboard)
 
     local = args.batch_size // size
     mine = slice(rank * local, (rank + 1) * local)
 
     def make(step):
-        """The audio and the augmentation values of this process's rows of the global batch."""
+        """The crops, augmentation values and negatives of this process's rows of the global batch."""
         clip, start = pairs.draw(step)  # (N, 2)
-        if args.method == "cpc":
-            clip, start = clip[:, :1], start[:, :1]
-        crops = clips.crops(clip[mine].T.reshape(-1), start[mine].T.reshape(-1), encoder.input_samples)  # (2B, 1, n): first views, then second
-        extra = generator(args.seed, "values", step)
-        draws = negatives = None
+        views = 1 if args.method == "cpc" else 2
+        crops = clips.crops(*(table[mine, :views].T.reshape(-1) for table in (clip, start)), pairs.n)  # first views, then second
+        values, draws, negatives = generator(args.seed, "values", step), {}, None
         if chain is not None:
-            views = 1 if args.asymmetric else clip.shape[1]
-            draws = {k: torch.cat([v[i * args.batch_size :][mine] for i in range(views)]) for k, v in chain.draw(views * args.batch_size, extra).items()}
+            views = 1 if args.asymmetric else views
+            draws = {k: torch.cat([v[i * args.batch_size :][mine] for i in range(views)]) for k, v in chain.draw(views * args.batch_size, values).items()}
         if args.method == "cpc":
-            frames = _frames(encoder)
-            negatives = torch.randint(args.batch_size * frames, (args.batch_size, frames, 15), generator=extra)[mine]
+            negatives = torch.randint(args.batch_size * frames, (args.batch_size, frames, 15), generator=values)[mine]
         return (crops.pin_memory() if device.type == "cuda" else crops), draws, negatives
-
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: caught.append(n))
 
     def save(step):
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
             save_checkpoint(out / "checkpoint.pt", {"step": step, "config": config, "learner": learner.state_dict(),
                                                     "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()})
             model.save_encoder(out / "encoder.pt", encoder, sample_rate=clips.sample_rate, method=args.method, step=step, data=clips.name,
                                data_folder=str(args.data), fingerprint=clips.fingerprint, batch_size=args.batch_size, seed=args.seed)
 
-    prefetch = Prefetch(make, done, total)
-    sums, bad, began, waited = torch.zeros(2, device=device), -1, time.perf_counter(), 0.0
-    opened, last_logged, saved = time.perf_counter(), done, done if checkpoint else None
-    learner.train()
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: caught.append(n))
+    prefetch, sums = Prefetch(make, done, total), torch.zeros(2, device=device)
+    opened = began = time.perf_counter()
+    waited, logged, saved, stop = 0.0, done, done if checkpoint else None, 0
     try:
         for step in range(done, total):
             crops, draws, negatives = prefetch.get(step)
             views = crops.to(device, non_blocking=True)
-            if draws is not None:
+            if draws:
+                rows = len(next(iter(draws.values())))
                 with torch.no_grad():
-                    rows = len(next(iter(draws.values())))
                     views = torch.cat([chain(views[:rows], draws), views[rows:]])
             rate = rate_at(step, args.lr, args.schedule, args.warmup, total)
             for group in optimiser.param_groups:
@@ -731,8 +659,8 @@ def train(args, clips, valid, Chain, model, device, amp, rank, size):
             sums += torch.stack([loss.detach(), top1])
             now, last = step + 1, step + 1 == total
 
-            # one small exchange a step: has anybody caught a signal, or lost its numbers?
-            look = device.type == "cpu" or now % args.log_every == 0 or now % args.save_every == 0 or last
+            # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer anyway)
+            look = device.type == "cpu" or now % args.log_every == 0 or now % args.save_every == 0 or last or caught
             flags = torch.tensor([caught[0] if caught else 0, rank + 1 if look and not torch.isfinite(sums[0]) else 0])
             if size > 1:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -744,93 +672,85 @@ def train(args, clips, valid, Chain, model, device, amp, rank, size):
             if now % args.log_every == 0 or last or stop:
                 if size > 1:
                     dist.all_reduce(sums)
-                elapsed, count = time.perf_counter() - began, now - last_logged
-                if rank == 0:
-                    mean = (sums / size / count).tolist()
-                    log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(mean[0], 5),
-                               "top1": round(mean[1], 4), "lr": rate, "pairs_per_s": round(count * args.batch_size / elapsed, 2),
-                               "wait": round((prefetch.waited - waited) / elapsed, 4)}, total)
+                loss, top1 = (sums / size / (now - logged)).tolist()
+                elapsed = time.perf_counter() - began
+                if log:
+                    log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(loss, 5),
+                               "top1": round(top1, 4), "lr": rate, "pairs_per_s": round((now - logged) * args.batch_size / elapsed, 2),
+                               "wait": round((prefetch.waited - waited) / elapsed, 4)})
                 sums.zero_()
-                began, waited, last_logged = time.perf_counter(), prefetch.waited, now
+                began, waited, logged = time.perf_counter(), prefetch.waited, now
             if now % args.save_every == 0 or last or stop:
                 save(now)
                 saved = now
-            if args.probe_every and (now % args.probe_every == 0 or last) and rank == 0 and len(clips.tags):
+            if log and args.probe_every and (now % args.probe_every == 0 or last) and clips.tags:
                 value = quick_probe(encoder, clips, valid, device)
                 if value is not None:
-                    log.write({"step": now, "probe": round(value, 5)}, total)
+                    log.write({"step": now, "probe": round(value, 5)})
                 began = time.perf_counter()
-            if stop and not last:
-                say(f"stopped after step {now} by {signal.Signals(stop).name}; the same command continues from there")
-                return 128 + stop
-        if rank == 0:
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_memory()
-            log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": round(peak / 2**30, 2)}, total)
+            if stop:
+                break
+        if log and not (stop and not last):
+            peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": round(peak, 2)})
+        if size > 1:
+            dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         prefetch.close()
         if log:
             log.close()
+    if stop and not last:
+        say(f"stopped after step {now} by {signal.Signals(stop).name}; the same command continues from there")
+        return 128 + stop
     say(f"{out}/encoder.pt after {total} steps. Next: python evaluate.py --ckpt {out}/encoder.pt")
     return 0
 
 
-def _frames(encoder):
-    """Frames CPC's convolutions give for one window."""
-    n = encoder.input_samples
-    for k, s, p in zip(encoder.kernels, encoder.strides, encoder.paddings):
-        n = (n + 2 * p - k) // s + 1
-    return n
+def code_version() -> str:
+    """The git commit of this file's folder, `+` when it has changes; `unknown` outside a repository."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
-def _peak_memory():
-    """Largest resident memory of this process so far, in bytes."""
-    import resource
+def main(argv=None):
+    import augment
+    import model
+    import prepare
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Log:
-    """log.jsonl and the progress on screen. Continuing at step `done` drops what an interrupted run wrote beyond it."""
-
-    def __init__(self, out, args, config, done, facts):
-        from tqdm import tqdm
-
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
-        kept = [r for r in read_log(out) if r.get("step", 0) <= done and not r.get("done")] if done and path.is_file() else []
-        first = {"command": sys.argv, "code": code_version(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-                 "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "continued_from": done, **facts, "config": config}
-        path.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
-        self.file = open(path, "a")
-        self.bar = tqdm(total=facts["total"], initial=done, unit="step", disable=not sys.stderr.isatty())
-        self.events = None
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs the package tensorboard; type: pip install tensorboard") from None
-            self.events = SummaryWriter(out)
-
-    def write(self, record, total):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.events:
-            for key, value in record.items():
-                if key != "step":
-                    self.events.add_scalar(key, value, record["step"])
-        shown = {k: v for k, v in record.items() if k in ("loss", "top1", "pairs_per_s", "wait", "probe")}
-        if self.bar.disable:
-            eta = (total - record["step"]) * (record["pairs"] / record["step"]) / record["pairs_per_s"] if record.get("pairs_per_s") else None
-            print(f"step {record['step']}/{total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + (f"  left {eta / 60:.0f} min" if eta else ""), flush=True)
-        else:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(record["step"] - self.bar.n)
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.events:
-            self.events.close()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.plot:
+        check_arguments(parser, args)
+    elif not (Path(args.plot) / "log.jsonl").is_file():
+        parser.error(f"--plot {args.plot}: no log.jsonl there; give a run folder, e.g. runs/NAME")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if args.plot:
+            print(plot(args.plot))
+            return 0
+        try:
+            folder, device = prepare.find(args.data), model.choose_device(args.device)
+            amp = model.choose_amp(device, args.amp)
+            augment.Chain(prepare.SAMPLE_RATE, args.transforms or None, args.probability)  # are the names and numbers right?
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        model.tune_allocator()
+        if size > 1:
+            enough = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
+        return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if world()[0] == 0 or isinstance(error, OSError):
+            print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
