@@ -27,6 +27,7 @@ import gzip
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -600,13 +601,15 @@ class Clips:
         return len(self.length)
 
     def __getstate__(self):
-        return {**self.__dict__, "_audio": None}  # each process maps the file for itself
+        return {**self.__dict__, "_audio": None, "_map": None}  # each process maps the file for itself
 
     @property
     def audio(self):
         """All samples, int16, memory-mapped: clip i is audio[start[i] : start[i] + length[i]]."""
         if self._audio is None:
-            self._audio = np.load(self.folder / "audio.npy", mmap_mode="r")
+            with open(self.folder / "audio.npy", "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._audio = np.frombuffer(self._map, "<i2", (len(self._map) - 128) // 2, offset=128)
         return self._audio
 
     def waveform(self, i):
@@ -624,10 +627,15 @@ class Clips:
         for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
             raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, "
                              f"{self.length[index[b]]} samples long")
-        rows = np.empty((len(index), n_samples), np.int16)
-        for row, first in zip(rows, (self.start[index] + start).tolist()):
-            row[:] = self.audio[first : first + n_samples]
-        return torch.from_numpy(rows).to(torch.float32).div_(FULL_SCALE).unsqueeze(1)  # (B, 1, n)
+        crops, audio, firsts = torch.empty(len(index), 1, n_samples), self.audio, (self.start[index] + start).tolist()
+        for first in firsts if hasattr(mmap, "MADV_WILLNEED") else ():
+            # Ask for all pages of all crops at once: from a cold disk ten times as fast as one page fault after the other.
+            page = (128 + 2 * first) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, min(128 + 2 * (first + n_samples), len(self._map)) - page)
+        for row, first in zip(crops.numpy()[:, 0], firsts):
+            row[:] = audio[first : first + n_samples]
+            row *= 1 / FULL_SCALE  # row by row, while it is in the cache
+        return crops
 
 
 def check(folder, progress=False):
@@ -636,8 +644,9 @@ def check(folder, progress=False):
     if fingerprint(vars(clips), clips.sample_rate, clips.tags) != clips.fingerprint:
         wrong.append("clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit")
     try:
-        if len(clips.audio) != clips.length.sum():
-            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
+        found = len(np.load(clips.folder / "audio.npy", mmap_mode="r"))
+        if found != clips.length.sum():
+            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {found}"]
     except (OSError, ValueError) as error:
         return [*wrong, f"audio.npy cannot be read: {error}"]
     for i in tqdm(range(len(clips)), desc="checking", unit="clip", disable=not progress):
