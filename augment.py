@@ -38,6 +38,34 @@ from pathlib import Path
 
 import torch
 
+BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
+
+
+def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
+    size = size if device.type == "cpu" else max(n, 1)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _check(x: torch.Tensor, **values: tuple[torch.Tensor, float, float]) -> None:
+    """Raise ValueError unless x is mono, (B, 1, T), and each of values, given with its range, is (B,) and inside it."""
+    if x.dim() != 3 or x.shape[1] != 1:
+        raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
+    for name, (value, low, high) in values.items():
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"expected one {name} per example, shape ({x.shape[0]},), got {tuple(value.shape)}")
+        if not ((value >= low) & (value <= high)).all():
+            raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value.min():g} to {value.max():g}")
+
+
+def _fft(transform: Callable, x: torch.Tensor, n: int) -> torch.Tensor:
+    """MKL transforms a single row by another and slower algorithm, which also rounds differently: it is given two."""
+    return transform(x.expand(2, -1), n)[:1] if len(x) == 1 else transform(x, n)
+
+
+def _fft_size(samples: int) -> int:
+    return 1 << max(15, (samples - 1).bit_length())
+
+
 # ------------------------------------------------------------------------------------------------ simple transforms
 
 
@@ -47,7 +75,8 @@ def polarity(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     >>> polarity(torch.ones(2, 1, 3), torch.tensor([True, False]))[:, 0, 0].tolist()
     [-1.0, 1.0]
     """
-    return x * (1 - 2 * _rows(flip, x))
+    _check(x, flip=(flip, 0, 1))
+    return x * (1 - 2 * flip.to(x))[:, None, None]
 
 
 def gain(x: torch.Tensor, db: torch.Tensor) -> torch.Tensor:
@@ -56,7 +85,8 @@ def gain(x: torch.Tensor, db: torch.Tensor) -> torch.Tensor:
     >>> gain(torch.ones(1, 1, 3), torch.tensor([-20.0]))[0, 0, 0].item()
     0.10000000149011612
     """
-    return x * 10 ** (_rows(db, x) / 20)
+    _check(x, db=(db, -math.inf, math.inf))
+    return x * 10 ** (db.to(x) / 20)[:, None, None]
 
 
 def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | None = None,
@@ -69,14 +99,15 @@ def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | No
     >>> noise(torch.ones(2, 1, 4), torch.tensor([80.0, 80.0]), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 1, 4])
     """
+    _check(x, snr_db=(snr_db, -math.inf, math.inf))
     if seed is None:
         seed = torch.randint(2**62, (x.shape[0],), generator=generator)
-    flat, seed = x.flatten(1), seed.to(x.device)                                     # (B, C T)
-    scale = flat.square().mean(1, keepdim=True).sqrt() * 10 ** (-_rows(snr_db, flat) / 20)
-    y = torch.empty_like(flat)
+    seed = seed.to(x.device)
+    scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-snr_db.to(x)[:, None] / 20)
+    y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device, 2):
-        torch.addcmul(flat[rows], scale[rows], _gaussian(seed[rows], flat.shape[1]).to(x.dtype), out=y[rows])
-    return y.view(x.shape)
+        torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]).to(x.dtype), out=y[rows, 0])
+    return y
 
 
 def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: float = 0.5) -> torch.Tensor:
@@ -85,20 +116,12 @@ def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: flo
     >>> delay(torch.eye(1, 5)[None], torch.tensor([2.0]), sample_rate=1000).tolist()
     [[[1.0, 0.0, 0.5, 0.0, 0.0]]]
     """
-    shift = (delay_ms * (sample_rate / 1000)).round().long()
-    if not (shift >= 0).all():
-        raise ValueError(f"expected delays of 0 ms or more, got {delay_ms.min():g} ms")
+    _check(x, delay_ms=(delay_ms, 0, math.inf))
+    shift = (delay_ms.cpu() * (sample_rate / 1000)).round().long()
     longest = int(shift.max()) if len(shift) else 0
-    late = torch.nn.functional.pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)         # (B, longest + 1, T), a view
+    late = torch.nn.functional.pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)    # (B, longest + 1, T), a view
     rows = torch.arange(len(x), device=x.device)
     return torch.add(x, late[rows, (longest - shift).to(x.device)][:, None], alpha=factor)
-
-
-def _rows(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Per-example values (B,) in the dtype and on the device of x, shaped to broadcast over it."""
-    if values.shape != x.shape[:1]:
-        raise ValueError(f"expected one value per example, shape ({x.shape[0]},), got {tuple(values.shape)}")
-    return values.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
@@ -107,7 +130,7 @@ def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
     A generator per example would have to live on the CPU; a hash of the position is the same on every device.
     """
     half = (n + 1) // 2
-    z = seed[:, None] + torch.arange(1, half + 1, device=seed.device) * -7046029254386353131       # 2^64 / golden ratio
+    z = seed[:, None] + torch.arange(1, half + 1, device=seed.device) * -7046029254386353131      # 2^64 / golden ratio
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor         # masked: >> of int64 copies the sign
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
@@ -119,6 +142,8 @@ def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ filters
+
+FILTER_BLOCK = 64           # samples
 
 
 def low_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torch.Tensor:
@@ -144,12 +169,11 @@ def high_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> tor
 def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int) -> torch.Tensor:
     """The recursion in blocks: inside a block of P samples it is a product with a triangular matrix of the impulse
     response; from block to block only one complex number per example is handed on."""
-    if not ((cutoff_hz > 0) & (cutoff_hz < sample_rate / 2)).all():
-        raise ValueError(f"expected cut-offs above 0 Hz and below half the sample rate ({sample_rate / 2:g} Hz), "
-                         f"got {cutoff_hz.min():g} to {cutoff_hz.max():g} Hz")
+    _check(x, cutoff_hz=(cutoff_hz, 1, 0.499 * sample_rate))
+    cutoff_hz, high = cutoff_hz.double().cpu(), high.cpu()
     # bilinear transform of 1 / (s^2 + sqrt(2) s + 1), times s^2 for the high-pass, as
     # H(z) = direct + residue / (1 - pole / z) + its conjugate
-    corner = torch.tan(cutoff_hz.double() * (math.pi / sample_rate))
+    corner = torch.tan(cutoff_hz * (math.pi / sample_rate))
     prototype = corner * complex(-1, 1) / math.sqrt(2)                                 # s of the pole
     pole = (1 + prototype) / (1 - prototype)
     lead = torch.where(high, 1.0, corner.square()) / (1 + math.sqrt(2) * corner + corner.square())
@@ -159,11 +183,11 @@ def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, s
     powers = pole[:, None] ** torch.arange(FILTER_BLOCK + 1)                           # (B, P + 1)
     impulse = 2 * (residue[:, None] * powers).real                                     # (B, P + 1)
     impulse[:, 0] += direct
-    after = 2 * residue[:, None] * powers[:, 1:]                                       # what a block owes to the state before
-    pad = torch.nn.functional.pad(impulse[:, :-1], (FILTER_BLOCK - 1, 0))
+    owed = 2 * residue[:, None] * powers[:, 1:]                                       # owed to the state before
     device, dtype = x.device, x.dtype
-    inside = pad.to(device, dtype).unfold(1, FILTER_BLOCK, 1).flip(1)                  # (B, P, P): [j, i] = h[i - j]
-    owed = torch.stack([after.real, -after.imag], 1).to(device, dtype)                 # (B, 2, P)
+    inside = torch.nn.functional.pad(impulse[:, :-1].to(device, dtype), (FILTER_BLOCK - 1, 0))
+    inside = inside.unfold(1, FILTER_BLOCK, 1).flip(1)                                 # (B, P, P): [j, i] = h[i - j]
+    owed = torch.stack([owed.real, -owed.imag], 1).to(device, dtype)                   # (B, 2, P)
     left = torch.view_as_real(powers[:, :-1].flip(1)).to(device, dtype)                # (B, P, 2): what a block leaves
     inside = torch.cat([inside, left], 2)                                              # (B, P, P + 2)
     carry = powers[:, -1]
@@ -185,114 +209,125 @@ def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, s
     return y
 
 
-FILTER_BLOCK = 64
-BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
-
-
-def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
-    size = size if device.type == "cpu" else max(n, 1)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
 # ------------------------------------------------------------------------------------------------ pitch shift
 
-SEGMENT = 0.070             # s between two splices
-FADE = 0.012                # s of cross-fade at a splice
-SEARCH = 0.010              # s either way that a segment may move to match the one before it
-TAPS = 24                   # of the interpolator: at most -50 dB of images for what is kept below BAND
+SEGMENT = 0.050             # s from one splice to the next
+FADE = 0.010                # s of cross-fade at a splice
+SEARCH = 0.0075             # s either way that a segment may move to match the one before it: a period down to 67 Hz
+DRIFT = 0.035               # s off its own time at most that a segment may run on without a splice, to spare an attack
+TAPS = 32                   # of the interpolator, which sets how near to half the sample rate it can read
+BAND_UP, BAND_DOWN = 0.91, 0.97     # of half the sample rate is kept; images of what is below 0.91 are 50 dB down
 GROUP = 32                  # outputs that the interpolator computes in one matrix product
-BAND = 0.88                 # of half the sample rate is kept when the pitch is shifted
+ATTACK_BLOCK = 16           # samples, the resolution of the attacks
 
 
 def pitch_shift(x: torch.Tensor, semitones: torch.Tensor, sample_rate: int) -> torch.Tensor:
     """Shift the pitch by semitones (B,), from -12 to 12, keeping the length and the tempo.
 
-    Synchronised overlap-add: the output is laid together from segments of the input, each read at ratio
-    2^(semitones / 12) times the speed by band-limited interpolation, each placed where it continues the one before it
-    best (normalised cross-correlation), with a short cross-fade. What would alias is removed beforehand.
+    Synchronised overlap-add: the output is laid together from segments of the input, each read at 2^(semitones / 12)
+    times the speed by band-limited interpolation, each placed where it continues the one before it best (normalised
+    cross-correlation), with a short cross-fade. Splices keep away from attacks, so that none is lost or heard twice.
+    What would alias is removed beforehand.
 
     >>> pitch_shift(torch.zeros(2, 1, 4000), torch.tensor([-5.0, 5.0]), 22050).shape
     torch.Size([2, 1, 4000])
     """
-    if not (semitones.abs() <= 12).all():
-        raise ValueError(f"expected shifts from -12 to 12 semitones, got {semitones.min():g} to {semitones.max():g}")
-    ratio = 2 ** (semitones.double() / 12)
-    n = _fft_size(x.shape[-1] + sample_rate // 50)                              # the band limit rings for under 20 ms
+    _check(x, semitones=(semitones, -12, 12))
+    ratio = 2 ** (semitones.double().cpu() / 12)
+    n = _fft_size(x.shape[-1] + sample_rate // 50)                     # the band limit rings for less than 20 ms
     y = torch.empty_like(x)
-    for rows in _blocks(len(x), x.device, 2 * BLOCK):
-        band = _rfft(x[rows, 0], n).mul_(_band_limit(ratio[rows], n, x.device))
-        y[rows, 0] = _overlap_add(_irfft(band, n)[:, :x.shape[-1]], ratio[rows], sample_rate)
+    for rows in _blocks(len(x), x.device, 4 * BLOCK):
+        kept = _fft(torch.fft.rfft, x[rows, 0], n).mul_(_band_limit(ratio[rows], n, x.device))
+        y[rows, 0] = _overlap_add(_fft(torch.fft.irfft, kept, n)[:, :x.shape[-1]], ratio[rows], sample_rate)
     return y
 
 
-def _fft_size(samples: int) -> int:
-    return 1 << max(15, (samples - 1).bit_length())
-
-
-def _rfft(x: torch.Tensor, n: int) -> torch.Tensor:
-    """MKL transforms a single row by another and slower algorithm, which would also round differently."""
-    return torch.fft.rfft(x.expand(2, -1), n)[:1] if len(x) == 1 else torch.fft.rfft(x, n)
-
-
-def _irfft(x: torch.Tensor, n: int) -> torch.Tensor:
-    return torch.fft.irfft(x.expand(2, -1), n)[:1] if len(x) == 1 else torch.fft.irfft(x, n)
-
-
 def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
-    """(B, n // 2 + 1) real: pass what stays below half the sample rate when read at `ratio` times the speed."""
-    edge = (1 / ratio).clamp(max=BAND).float().to(device)[:, None]
+    """(B, n // 2 + 1) real: pass what stays below half the sample rate when it is read `ratio` times as fast."""
+    edge = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float().to(device)[:, None]
     bins = torch.arange(n // 2 + 1, device=device) * (2 / n)
-    return ((edge - bins) * (1 / (0.03 * edge))).clamp_(0, 1)
+    return ((edge - bins) * (1 / (0.03 * edge))).clamp_(0, 1)          # a ramp over the last 3 %
 
 
 def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    """x (B, T), ratio (B,) float64 -> (B, T). S segments, `hop` samples from one to the next in the output."""
+    """x (B, T), ratio (B,) float64 on the CPU -> (B, T), from S segments."""
     total, hop = x.shape[1], round(SEGMENT * sample_rate)
     fade, front = round(FADE * sample_rate), round(SEARCH * sample_rate) + TAPS
     segments = max(1, math.ceil(total / hop))
-    length = hop + fade                                                       # of a segment, in output samples
-    reach = math.ceil((length + GROUP) * float(ratio.max())) + front + 2 * TAPS
-    padded = torch.nn.functional.pad(x, (front, segments * hop - total + reach))
-    ratio = ratio.to(x.device)
-    starts = _segment_starts(padded, front, segments, ratio, sample_rate)
-    pieces = _read_segments(padded, starts, ratio, length)                    # (B, S, length)
+    length = hop + fade                                                # of a segment, in output samples
+    # every example is moved, so that the middle of a segment (not its beginning) is read at its own time
+    late = ((ratio - 1) * (length / 2)).round().long()                 # (B,) samples
+    most = int(late.abs().max())
+    beyond = (length + GROUP) * float(ratio.max()) + DRIFT * sample_rate
+    size = segments * hop + math.ceil(beyond) + 2 * (front + TAPS)
+    padded = torch.nn.functional.pad(x, (front + most, max(0, size + most - front - total))).unfold(1, size, 1)
+    padded = padded[torch.arange(len(x), device=x.device), (most - late).to(x.device)]          # (B, size)
+    ratio, start = ratio.to(x.device), late.to(x.device) + front
+    starts = _segment_starts(padded, front, start, ratio, segments, sample_rate)
+    pieces = x.new_empty(len(x), segments, length)
+    for rows in _blocks(len(x), x.device, BLOCK // 2):
+        pieces[rows] = _read_segments(padded[rows], starts[rows], ratio[rows], length)
     fade_in = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
     pieces[:, 1:, :fade] = torch.lerp(pieces[:, :-1, hop:], pieces[:, 1:, :fade], fade_in)
     return pieces[:, :, :hop].flatten(1)[:, :total]
 
 
-def _segment_starts(padded: torch.Tensor, front: int, segments: int, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-    """Where each segment starts in the input, (B, S): as near to its own time as SEARCH allows, there where it is most
-    like what would have come next in the segment before it. One segment after the other, all examples at once."""
-    batch = len(padded)
+def _segment_starts(padded: torch.Tensor, front: int, start: torch.Tensor, ratio: torch.Tensor, segments: int,
+                    sample_rate: int) -> torch.Tensor:
+    """Where each segment starts in the input, (B, S), the first one at start (B,): each at most SEARCH from its own
+    time (front + s hop), where it is most like what would have come next. One after the other, all examples at once."""
+    batch, device = len(padded), padded.device
     hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
-    phases = 16                                                               # lag = phases q + p, q < count, p < phases
+    phases = 16                                                        # lag = phases q + p with q < count, p < phases
     count = -(-(2 * search + 1) // phases)
-    lags, width = count * phases, fade + phases - 1
-    row = torch.arange(batch, device=padded.device)
-    continued = padded.unfold(1, fade + TAPS - 1, 1)
-    # the energy of every candidate of every segment, from running sums
-    first = front - search
+    lags, width, first = count * phases, fade + phases - 1, front - search
+    row = torch.arange(batch, device=device)
+    # of all candidates of all segments: 1 / sqrt(energy), from running sums, and the attacks before and up to their end
     around = padded.as_strided((batch, segments - 1, lags + fade), (padded.stride(0), hop, 1), first + hop)
     power = torch.nn.functional.pad(around.square().cumsum(2), (1, 0))
-    scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
-    shifted = padded.new_zeros(batch, fade + 2 * (phases - 1))
-    start = torch.full((batch,), front, dtype=torch.long, device=padded.device)
+    scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()      # (B, S - 1, lags)
+    attacks = _attacks(padded, sample_rate)
+    blocks = (first + hop * torch.arange(1, segments, device=device)[:, None] + torch.arange(lags, device=device))
+    before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade) // ATTACK_BLOCK + 1]
+    far = 1e-5 * (torch.arange(lags, device=device) / search - 1).square()     # between equals, the nearer to its time
+    ahead_until = fade // ATTACK_BLOCK + 2
+    continued = padded.unfold(1, fade + TAPS - 1, 1)
+    template = padded.new_zeros(batch, fade + 2 * (phases - 1))
     starts = [start]
     for s in range(1, segments):
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
         ahead = start + hop * ratio
         whole = ahead.floor()
-        near = continued[row, whole.long() - (TAPS // 2 - 1)]                                   # (B, fade + TAPS - 1)
-        kernel = _kernel((ahead - whole).float(), padded.device)                               # (B, TAPS)
-        shifted[:, phases - 1:phases - 1 + fade] = torch.bmm(kernel[:, None], near.unfold(1, fade, 1).contiguous())[:, 0]
-        # the product with x at lag phases q + p is one small matrix product: x from phases q on, times the template
-        # moved by p; p runs backwards here, because a view cannot
+        kernel = _kernel((ahead - whole).float(), device)[:, None]                             # (B, 1, TAPS)
+        whole = whole.long()
+        near = continued[row, whole - (TAPS // 2 - 1)]                                         # (B, fade + TAPS - 1)
+        template[:, phases - 1:1 - phases] = torch.bmm(kernel, near.unfold(1, fade, 1).contiguous())[:, 0]
+        # the product with the input at lag phases q + p is one small matrix product: the input from phases q on, times
+        # the template moved by p; a view can only move it the other way, so p runs backwards
         room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), first + s * hop).contiguous()
-        match = torch.bmm(room, shifted.unfold(1, width, 1).contiguous().transpose(1, 2)).flip(2)   # (B, count, phases)
-        start = (match.flatten(1) * scale[:, s - 1]).argmax(1) + (first + s * hop)
+        match = torch.bmm(room, template.unfold(1, width, 1).contiguous().transpose(1, 2)).flip(2).flatten(1)
+        level = template.square().sum(1, keepdim=True).clamp_min_(1e-8).sqrt_()
+        # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice
+        block = whole[:, None] // ATTACK_BLOCK
+        heard, coming = attacks.gather(1, block), attacks.gather(1, block + ahead_until)
+        cut = torch.maximum(until[:, s - 1], coming).sub_(torch.minimum(before[:, s - 1], heard))      # (B, lags)
+        lag = torch.addcmul((cut + far).mul_(level), match, scale[:, s - 1], value=-1).argmin(1)
+        own = first + s * hop
+        hold = (cut[row, lag] > 0.2) & ((whole - own - search).abs() < DRIFT * sample_rate)    # no splice this time
+        start = torch.where(hold, ahead.round().long(), lag + own)
         starts.append(start)
     return torch.stack(starts, 1)
+
+
+def _attacks(padded: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """How many attacks there are before each block, (B, size / ATTACK_BLOCK + 8): a running sum of the energy of the
+    differenced signal where it is over four times its mean within 50 ms; a click adds nearly 1, a steady sound 0."""
+    energy = padded.diff().unfold(1, ATTACK_BLOCK, ATTACK_BLOCK).square().sum(2)
+    near = round(0.05 * sample_rate / ATTACK_BLOCK)
+    sums = torch.nn.functional.pad(energy.double(), (near + 1, near)).cumsum(1)
+    mean = (sums[:, 2 * near + 1:] - sums[:, :-2 * near - 1]).float().div_(2 * near + 1)
+    over = (energy / mean.add_(1e-12)).sub_(4).clamp_min_(0).div_(2 * near + 1)
+    return torch.nn.functional.pad(over, (1, 8)).cumsum(1)
 
 
 def _read_segments(padded: torch.Tensor, starts: torch.Tensor, ratio: torch.Tensor, length: int) -> torch.Tensor:
@@ -335,6 +370,7 @@ def _kernel_table(device: torch.device, fractions: int = 2048) -> torch.Tensor:
 COMBS = (1116, 1188, 1277, 1356, 1422, 1491, 1557, 1617)        # delays in samples at 44,100 Hz (Freeverb)
 ALL_PASSES = (225, 341, 441, 556)
 DECAY_DB = 70               # of the weight over the points of one FFT
+COLUMNS = 256               # the bins of an FFT are a table with that many columns: delays are outer products there
 
 
 def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor,
@@ -349,43 +385,42 @@ def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, r
     >>> reverb(torch.zeros(1, 1, 100), *torch.tensor([[50.0], [50.0], [100.0]]), 22050).shape
     torch.Size([1, 1, 100])
     """
-    for name, value in (("reverberance", reverberance), ("damping", damping), ("room size", room_size)):
-        if not ((value >= 0) & (value <= 100)).all():
-            raise ValueError(f"expected {name} from 0 to 100 %, got {value.min():g} to {value.max():g}")
+    _check(x, reverberance=(reverberance, 0, 100), damping=(damping, 0, 100), room_size=(room_size, 0, 100))
+    reverberance, damping, room_size = (value.double().cpu() for value in (reverberance, damping, room_size))
     total = x.shape[-1]
     n = _fft_size(total)
-    weight = _radius_powers(n, x.device)[:total]
+    weight, phases, one_sample, all_passes = _circle(sample_rate, n, x.device)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device):
-        spectrum = _rfft(x[rows, 0] * weight, n)
-        room = _room_factors(reverberance[rows], damping[rows], room_size[rows], sample_rate, n, x.device)
+        spectrum = _fft(torch.fft.rfft, x[rows, 0] * weight[:total], n)
+        room = _room(reverberance[rows], damping[rows], room_size[rows], sample_rate, phases, one_sample)
         for row in _blocks(len(spectrum), x.device, 1):
-            spectrum[row] *= _room_response(*(factor[row] for factor in room), _all_passes(sample_rate, n, x.device))
-        y[rows, 0] = torch.addcdiv(x[rows, 0], _irfft(spectrum, n)[:, :total], weight)
+            spectrum[row] *= _transfer(*(factor[row] for factor in room), all_passes)
+        y[rows, 0] = torch.addcdiv(x[rows, 0], _fft(torch.fft.irfft, spectrum, n)[:, :total], weight[:total])
     return y
 
 
-def _room_factors(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int, n: int,
-                  device: torch.device) -> tuple[torch.Tensor, ...]:
+def _room(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int,
+          phases: torch.Tensor, one_sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What the transfer function of a room is made of, at bin COLUMNS a + b of an n-point FFT: the reciprocal of the
     gain around the loop of a comb, (1 - d / z) / (feedback (1 - d)), (B, A, COLUMNS); and the delay of each comb as an
     outer product, (B, 8, A, 1) times (B, 8, 1, COLUMNS)."""
+    n, device = len(phases), phases.device
     a = -1 / math.log(1 - 0.3)
     b = 100 / (math.log(1 - 0.98) * a + 1)
-    feedback = 1 - torch.exp((reverberance.double() - b) / (a * b))                          # (B,)
-    d = damping.double() / 100 * 0.3 + 0.2
-    scale = (room_size.double() / 100 * 0.9 + 0.1) * (sample_rate / 44100)
+    feedback = 1 - torch.exp((reverberance - b) / (a * b))                          # (B,)
+    d = damping / 100 * 0.3 + 0.2
+    scale = (room_size / 100 * 0.9 + 0.1) * (sample_rate / 44100)
     samples = torch.floor(scale[:, None] * torch.tensor(COMBS) + 0.5)[:, :, None]            # (B, 8, 1)
     decay = torch.exp(samples * (-DECAY_DB / 20 * math.log(10) / n))                         # rho^-D
-    samples, phases = samples.long().to(device), _phases(n, device)
+    samples = samples.long().to(device)
     fine = phases[(samples * torch.arange(COLUMNS, device=device)) % n] * decay.float().to(device)
     coarse = phases[(samples * torch.arange(0, n // 2 + 1, COLUMNS, device=device)) % n]     # (B, 8, A)
     gain, damp = ((value / (feedback * (1 - d))).float().to(device)[:, None, None] for value in (1, d))
-    return gain - damp * _one_sample(n, device), coarse[..., None], fine[:, :, None]
+    return gain - damp * one_sample, coarse[..., None], fine[:, :, None]
 
 
-def _room_response(loop: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor,
-                   all_passes: torch.Tensor) -> torch.Tensor:
+def _transfer(loop: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor, all_passes: torch.Tensor) -> torch.Tensor:
     """The wet transfer function (B, n // 2 + 1).
 
     With f the reciprocal loop gain, a comb is z^-D / (1 - z^-D / f) = (f / (f - z^-D) - 1) f: the eight combs share all
@@ -395,68 +430,35 @@ def _room_response(loop: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor,
     return combs.mul_(loop).sub_(len(COMBS)).mul_(loop).mul_(all_passes).flatten(1)[:, :1 - COLUMNS]
 
 
-COLUMNS = 256
-
-
 @lru_cache(maxsize=4)
-def _phases(n: int, device: torch.device) -> torch.Tensor:
-    """e^(-2 pi i k / n), (n,) complex64."""
-    return _unit(torch.arange(n) / n).to(device)
-
-
-def _unit(turns: torch.Tensor) -> torch.Tensor:
-    w = turns.double() * (-2 * math.pi)
-    return torch.polar(torch.ones_like(w), w).to(torch.complex64)
-
-
-@lru_cache(maxsize=4)
-def _one_sample(n: int, device: torch.device) -> torch.Tensor:
-    """z^-1 at the bins of an n-point FFT on the circle of radius rho, (A, COLUMNS) complex64."""
-    return torch.exp(_exponent(n)).to(device, torch.complex64)
-
-
-def _exponent(n: int) -> torch.Tensor:
+def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What all rooms share on the circle of radius rho, rho^n = DECAY_DB: the weights rho^-t and e^(-2 pi i k / n), both
+    (n,); and at bin COLUMNS a + b of an n-point FFT z^-1 and the four all-passes with the wet gain, (A, COLUMNS)."""
+    turns = torch.arange(n, dtype=torch.float64) / n
+    log_rho = DECAY_DB / 20 * math.log(10) / n
+    phases = torch.polar(torch.ones_like(turns), -2 * math.pi * turns)
     bins = torch.arange((n // 2 // COLUMNS + 1) * COLUMNS, dtype=torch.float64).view(-1, COLUMNS)
-    return torch.complex(torch.full_like(bins, -DECAY_DB / 20 * math.log(10) / n), bins * (-2 * math.pi / n))
-
-
-@lru_cache(maxsize=4)
-def _all_passes(sample_rate: int, n: int, device: torch.device) -> torch.Tensor:
-    """The four all-passes and the wet gain, (A, COLUMNS) complex64: the same for every room."""
-    response = torch.full((n // 2 // COLUMNS + 1, COLUMNS), 0.015, dtype=torch.complex128)
-    for samples in ALL_PASSES:
-        z = torch.exp(_exponent(n) * math.floor(samples * sample_rate / 44100 + 0.5))
-        response *= (1.5 * z - 1) / (1 - 0.5 * z)
-    return response.to(device, torch.complex64)
-
-
-@lru_cache(maxsize=4)
-def _radius_powers(n: int, device: torch.device) -> torch.Tensor:
-    rho = DECAY_DB / 20 * math.log(10) / n
-    return torch.exp(torch.arange(n, dtype=torch.float64) * -rho).float().to(device)
+    log_z = torch.complex(torch.full_like(bins, log_rho), bins * (2 * math.pi / n))
+    all_passes = torch.full_like(log_z, 0.015)
+    for delay_44100 in ALL_PASSES:
+        z = torch.exp(log_z * -math.floor(delay_44100 * sample_rate / 44100 + 0.5))
+        all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
+    weight = torch.exp(turns * (-n * log_rho)).float()
+    return weight.to(device), *(t.to(device, torch.complex64) for t in (phases, torch.exp(-log_z), all_passes))
 
 
 # ------------------------------------------------------------------------------------------------ the chain
 
 
-def uniform(low: float, high: float) -> Callable:
+def _uniform(low: float, high: float) -> Callable:
     return lambda n, generator: low + (high - low) * torch.rand(n, generator=generator)
 
 
-def constant(value: float) -> Callable:
-    return lambda n, generator: torch.full((n,), value)
+def _one_of(*values: float) -> Callable:
+    return lambda n, generator: torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]
 
 
-def steps(low: float, high: float, step: float) -> Callable:
-    count = round((high - low) / step) + 1
-    return lambda n, generator: low + step * torch.randint(count, (n,), generator=generator).float()
-
-
-def coin(n: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(n, generator=generator) < 0.5
-
-
-def seeds(n: int, generator: torch.Generator) -> torch.Tensor:
+def _seed(n: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(2**62, (n,), generator=generator)
 
 
@@ -478,18 +480,18 @@ def _filter(x, sample_rate, high, low_pass_hz, high_pass_hz):
 TRANSFORMS = {
     "polarity": Transform(0.8, lambda x, sample_rate: -x),
     "noise": Transform(0.01, lambda x, sample_rate, snr_db, seed: noise(x, snr_db, seed=seed),
-                       {"snr_db": constant(80), "seed": seeds}, {"snr_db": "dB"}),
-    "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": uniform(-6, 0)}, {"db": "dB"}),
+                       {"snr_db": _one_of(80.0), "seed": _seed}, {"snr_db": "dB"}),
+    "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": _uniform(-6, 0)}, {"db": "dB"}),
     "filter": Transform(0.8, _filter,
-                        {"high": coin, "low_pass_hz": uniform(2200, 4000), "high_pass_hz": uniform(200, 1200)},
-                        {"low_pass_hz": "Hz", "high_pass_hz": "Hz"}),
+                        {"high": _one_of(False, True), "low_pass_hz": _uniform(2200, 4000),
+                         "high_pass_hz": _uniform(200, 1200)}, {"low_pass_hz": "Hz", "high_pass_hz": "Hz"}),
     "delay": Transform(0.4, lambda x, sample_rate, ms: delay(x, ms, sample_rate),
-                       {"ms": steps(200, 500, 50)}, {"ms": "ms"}),
+                       {"ms": _one_of(*map(float, range(200, 501, 50)))}, {"ms": "ms"}),
     "pitch": Transform(0.4, lambda x, sample_rate, semitones: pitch_shift(x, semitones, sample_rate),
-                       {"semitones": uniform(-5, 5)}, {"semitones": "semitones"}),
+                       {"semitones": _uniform(-5, 5)}, {"semitones": "semitones"}),
     "reverb": Transform(0.4, lambda x, sample_rate, reverberance, damping, room_size:
                         reverb(x, reverberance, damping, room_size, sample_rate),
-                        {"reverberance": uniform(0, 100), "damping": uniform(0, 100), "room_size": uniform(0, 100)},
+                        {"reverberance": _uniform(0, 100), "damping": _uniform(0, 100), "room_size": _uniform(0, 100)},
                         {"reverberance": "%", "damping": "%", "room_size": "%"}),
 }
 
@@ -540,11 +542,11 @@ class Chain:
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
         """x (B, 1, T) float32 -> the same shape; x itself is not changed. Rows do not depend on each other."""
-        if x.dim() != 3 or x.shape[1] != 1:
-            raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
+        _check(x)
         for name in self.transforms:
-            if draws[name].shape != x.shape[:1]:
-                raise ValueError(f"expected draws for {x.shape[0]} examples, got {draws[name].shape[0]} for {name}")
+            if name not in draws or draws[name].shape != x.shape[:1]:
+                came = len(draws[name]) if name in draws else "none"
+                raise ValueError(f"expected draws of {name} for {len(x)} examples, got {came}")
         y = x.clone()
         for block in _blocks(len(x), x.device, 32):
             for name, transform in self.transforms.items():
@@ -563,13 +565,11 @@ def describe(chain: Chain, draws: dict[str, torch.Tensor], row: int = 0) -> list
     """One line per transform that was drawn for this row, with its values and units."""
     lines = []
     for name, transform in chain.transforms.items():
+        values = {key: draws[f"{name}.{key}"][row].item() for key in transform.values}
+        words = [f"{key} {value:.4g} {transform.units.get(key, '')}".strip() if isinstance(value, float)
+                 else f"{key} {value}" for key, value in values.items()]
         if draws[name][row]:
-            values = []
-            for key in transform.values:
-                value = draws[f"{name}.{key}"][row].item()
-                number = f"{value:.4g}" if isinstance(value, float) else str(value)
-                values.append(f"{key} {number} {transform.units.get(key, '')}".strip())
-            lines.append(f"  {name}: {', '.join(values) or 'on'}")
+            lines.append(f"  {name}: {', '.join(words) or 'on'}")
     return lines
 
 
@@ -593,18 +593,13 @@ def _spectrograms(path: Path, sounds: dict[str, torch.Tensor], sample_rate: int)
     size = 1 << round(math.log2(sample_rate * 0.046))                                    # about 46 ms
     rows = math.ceil(len(sounds) / 3)
     figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
-    for axis in axes.flat[len(sounds):]:
-        axis.axis("off")
     for axis, (name, sound) in zip(axes.flat, sounds.items()):
         power = torch.stft(sound, size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
         level = 20 * torch.log10(power / size + 1e-6)
         axis.imshow(level, origin="lower", aspect="auto", vmin=-100, vmax=-20, cmap="magma",
                     extent=(0, len(sound) / sample_rate, 0, sample_rate / 2000))
         axis.set_title(name, fontsize=10)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("kHz")
-    for axis in axes[-1]:
-        axis.set_xlabel("s")
+    figure.supxlabel("s"), figure.supylabel("kHz")
     figure.savefig(path, dpi=100)
 
 
@@ -632,9 +627,9 @@ def main(argv: list[str] | None = None) -> int:
             draws = chain.draw(1, generator)
             sounds[name] = chain(x, draws)[0, 0]
             print(f"{args.out / name}.wav", *describe(chain, draws) or ["  nothing drawn"], sep="\n")
+        # one factor for all, so that levels can be compared and nothing clips
+        peak = max(1.0, max(sound.abs().max().item() for sound in sounds.values()))
         for name, sound in sounds.items():
-            # one factor for all, so that levels can be compared and nothing clips
-            peak = max(1.0, max(s.abs().max().item() for s in sounds.values()))
             soundfile.write(args.out / f"{name}.wav", (sound / peak).numpy(), sample_rate)
         _spectrograms(args.out / "spectrograms.png", sounds, sample_rate)
         print(f"{args.out / 'spectrograms.png'}: before and after")
