@@ -247,6 +247,27 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
     return best[1:]
 
 
+def load_probe(path):
+    """A probe of the authors (0.weight or model.0.weight, ..., flat or in a state_dict) as a `fit` without training. Its
+    outputs must be the data's tags in the same order."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = {key.split("model.")[-1]: value for key, value in state.get("state_dict", state).items()}
+    state = {key: value for key, value in state.items() if key[:1].isdigit()}
+    sizes = [value.shape for key, value in sorted(state.items()) if key.endswith("weight")]
+    if not sizes:
+        raise ValueError(f"{path} holds no probe: expected 0.weight, 0.bias, or model.0.weight, model.0.bias")
+    layers = [layer for fan_out, fan_in in sizes for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
+    probe = nn.Sequential(*layers[:-1]).requires_grad_(False)
+    probe.load_state_dict(state)
+
+    def fit(x, y, valid_x, valid_y, valid_clip, task, seed):
+        if (sizes[0][1], sizes[-1][0]) != (x.shape[1], y.shape[1]):
+            raise ValueError(f"{path} maps {sizes[0][1]} features to {sizes[-1][0]} tags, "
+                             f"not {x.shape[1]} to {y.shape[1]}")
+        return probe, {"valid": validation(probe(valid_x), valid_y.float(), valid_clip, task)[0]}
+    return fit
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 def clip_scores(logits, clip, n_clips, task="multilabel", clip_score="sigmoid"):
@@ -558,7 +579,9 @@ def run(args, clips, encoder, info, model):
     (rows, counts), clip = usable(clips, size), windows(clips.length, size)[0]
     both = {"lr": args.lr, "weight_decay": args.weight_decay, "patience": args.patience, "epochs": args.epochs}
     head, how = f"hidden {args.hidden}" if args.hidden else args.probe.replace("adam", "linear"), {"fit": fit_lbfgs}
-    if args.probe == "adam":
+    if args.head:
+        head, how = args.head.name, {"fit": load_probe(args.head)}
+    elif args.probe == "adam":
         how = {**both, "hidden": args.hidden, "min_steps": args.min_steps, "batch_size": args.batch_size or 256}
     for label, new in ((f"{info.get('method')}, {info.get('step') or 0:,d} steps", encoder and build(0, state)),
                        ("untrained", args.random and build(args.seed))):
@@ -584,9 +607,9 @@ def run(args, clips, encoder, info, model):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "kind": "evaluate",
-        "caption": f"{clips.name}, {' / '.join(str(c['clips']) for c in counts.values())} clips to train / validate / test "
-        f"({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, [95 % interval "
-        "over test songs].", "table": [
+        "caption": f"{clips.name}, {' / '.join(str(c['clips']) for c in counts.values())} clips to train / validate / "
+        f"test ({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, [95 % "
+        "interval over test songs].", "table": [
             {"model": r["model"], "probe": r["probe"],
              "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
              **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}}
@@ -631,6 +654,7 @@ def build_parser():
     add("--ckpt", type=Path, metavar="FILE", help="encoder.pt; with --embed also encoder.ts, with --tag tagger.ts")
     add("--encoder", default="samplecnn", help="without --ckpt: what --random and --supervised build")
     add("--width", type=float, default=1.0, help="without --ckpt: factor on all its channels")
+    add("--head", type=Path, metavar="FILE", help="a trained probe of the authors, instead of training one")
     add("--pool", choices=["mean", "mean+last"], help="CPC: what of the contexts is the feature")
     add("--random", action="store_true", help="also the same probe on an untrained encoder")
     add("--supervised", action="store_true", help="also encoder and layer trained together, from the start")
@@ -666,7 +690,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "bootstrap")]
-    for path in (args.ckpt, *(args.embed or ()), *(args.tag or ()), *(args.table or ())):
+    for path in (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ())):
         if path and not path.exists():
             parser.error(f"{path}: no such file")
     for wrong, what in (

@@ -1,4 +1,4 @@
-"""How well do encoders work on music they were not trained on? Checkpoints x data sets, by evaluate.py's protocol (Table 3).
+"""How do encoders fare on music they were not trained on? Checkpoints x data sets, by evaluate.py's protocol (Table 3).
 
     python transfer.py --ckpt demo=runs/demo/encoder.pt --data demo --random --seeds 1               # a minute
     python transfer.py --ckpt msd=runs/msd/encoder.pt fma=runs/fma/encoder.pt --data mtat gtzan --random --hidden 0 512
@@ -8,13 +8,13 @@
 Every cell is one run of evaluate.py: same windows, probe, seeds, metrics and intervals. `--random` adds the row of an
 untrained encoder, without which no cell says anything about pre-training.
 
-A cell is marked when the audio it is tested on was heard in pre-training: the samples of all clips are compared (by their
-sha256 in the prepared folders) between the source's training clips and the target's test clips. `same data` is a source
+A cell is marked when the audio it is tested on was heard in pre-training: the samples of the source's training clips
+and of the target's test clips are compared, by their sha256 in the prepared folders. `same data` is a source
 tested on the test clips of its own data set, which it did not hear; `?` a source whose prepared folder is not at hand.
 
-Leaves behind: transfer.json (or `--out`), its markdown on the screen, and beside it transfer.png, the grid as a heat map.
-`--plots DIR`: of each cell tags.png (PR-AUC or recall of each tag with its interval), curves.png (precision over recall),
-confusion.png, tsne.png (test clips, Appendix C.4), filters.png (first layer), and fractions.png (Figures 4 and 5).
+Leaves behind: runs/transfer.json or `--out`, its markdown on the screen, and beside it the grid as a heat map.
+`--plots DIR`: of each cell tags.png (PR-AUC or recall of each tag with its interval), curves.png (precision over
+recall), confusion.png, tsne.png (test clips, Appendix C.4), filters.png (first layer), fractions.png (Figures 4, 5).
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 # ------------------------------------------------------------------------------------------------------------- overlap
 
 def overlap(source, target):
-    """How many test clips of `target` are, sample by sample, training clips of `source`, and how many clips they share at all.
+    """How many test clips of `target` are, sample by sample, training clips of `source`; how many clips they share.
 
     Args: prepared data with `sha256` (N, 32) and `split` (N,): 0 train, 1 valid, 2 test. Returns: (heard, shared)."""
     def digests(clips, chosen):
@@ -54,8 +54,8 @@ def mark(info, target, load):
 
 
 def grid(cells, metrics):
-    """Cells {source, target, probe, mark, mean, std, interval} as table rows: one per source and probe, a column per target
-    and metric. metrics: target -> {metric: its name in the table}; cell: function of mean, std, interval -> text."""
+    """Cells {source, target, probe, mark, text: {metric: str}} as table rows: one per source and probe, a column per
+    target and metric. metrics: target -> {metric: its name in the table}."""
     rows = {}
     for c in cells:
         row = rows.setdefault((c["source"], c["probe"]), {"trained on": c["source"], "probe": c["probe"]})
@@ -92,15 +92,15 @@ def heat_map(axes, cells, metric, name):
 
 
 def tag_bars(axes, per_tag, title=""):
-    """PR-AUC or recall of each tag with its 95 % interval, best first; the vertical strokes are chance."""
-    rows = sorted(((r["value"], tag, r) for tag, r in per_tag.items() if r["value"] is not None), key=lambda row: row[:2])
-    total = axes.barh(range(len(rows)), [100 * value for value, _, _ in rows], color="tab:blue")
-    for i, (value, tag, r) in enumerate(rows):
-        if None not in r["interval"]:
-            axes.plot([100 * x for x in r["interval"]], [i, i], color="black", linewidth=1)
-    axes.set(yticks=range(len(rows)), yticklabels=[f"{tag} ({r['positives']})" for _, tag, r in rows], xlabel="percent", title=title)
+    """PR-AUC or recall of each tag with its 95 % interval, best on top; in brackets its test clips."""
+    rows = sorted((r["value"], tag) for tag, r in per_tag.items() if r["value"] is not None)
+    axes.barh(range(len(rows)), [100 * value for value, _ in rows], color="tab:blue")
+    for i, (_, tag) in enumerate(rows):
+        if None not in per_tag[tag]["interval"]:
+            axes.plot([100 * x for x in per_tag[tag]["interval"]], [i, i], color="black", linewidth=1)
+    names = [f"{tag} ({per_tag[tag]['positives']})" for _, tag in rows]
+    axes.set(yticks=range(len(rows)), yticklabels=names, xlabel="percent", title=title)
     axes.margins(y=0.01)
-    return total
 
 
 def pr_curves(axes, scores, labels, tags, n=8):
@@ -123,7 +123,7 @@ def confusion(axes, counts, tags):
 
 
 def tsne(axes, h, labels, tags, n=8):
-    """Clip embeddings (N, D) in two dimensions by t-SNE, coloured by the rarest of the n most frequent tags that a clip has."""
+    """Clip embeddings (N, D) in two dimensions by t-SNE, coloured by a clip's rarest tag among the n most frequent."""
     from sklearn.manifold import TSNE
     z = (h - h.mean(0)) / np.maximum(h.std(0), 1e-6)
     xy = TSNE(perplexity=min(30, max(1, (len(z) - 1) / 3)), init="pca", random_state=0).fit_transform(z)
@@ -135,7 +135,7 @@ def tsne(axes, h, labels, tags, n=8):
 
 
 def filters(axes, weight, sample_rate, n=512):
-    """Spectra of a first layer's filters (C, 1, ..., k), each by its peak, sorted by centre frequency; dark is nothing."""
+    """Spectra of a first layer's filters (C, 1, ..., k), each over its peak, sorted by centre frequency."""
     spectra = np.abs(np.fft.rfft(weight.reshape(len(weight), -1), n))
     hertz = np.arange(spectra.shape[1]) * sample_rate / n
     order = (spectra * hertz).sum(1) / spectra.sum(1)
@@ -158,9 +158,10 @@ def fraction_curve(axes, results, metric, name):
 def result_pictures(folder, result, metrics):
     """What a metrics JSON of evaluate.py holds, as pictures: tags, confusion, fractions."""
     rows, tags = result["results"], result["data"]["tags"]
-    main_metric = list(metrics[result["data"]["task"]])[-3 if result["data"]["task"] == "multilabel" else 0]
+    main_metric = list(metrics[result["data"]["task"]])[:2][-1]  # PR-AUC, or accuracy
     last = max(rows, key=lambda r: (r["model"] != "untrained", r["fraction"]))
-    picture(folder / "tags.png", lambda axes: tag_bars(axes, last["per_tag"], f"{last['model']}, {last['probe']}"), (7, 1 + 0.2 * len(tags)))
+    title = f"{last['model']}, {last['probe']}"
+    picture(folder / "tags.png", lambda axes: tag_bars(axes, last["per_tag"], title), (7, 1 + 0.2 * len(tags)))
     if result["data"]["task"] == "singlelabel":
         counts = np.sum([run["confusion"] for run in last["runs"]], 0)
         picture(folder / "confusion.png", lambda axes: confusion(axes, counts, tags), (2 + 0.4 * len(tags),) * 2)
@@ -188,7 +189,7 @@ def cell_pictures(folder, result, clips, windows, usable):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        prog="transfer.py", description="Checkpoints x data sets by evaluate.py's protocol; pictures.", allow_abbrev=False,
+        prog="transfer.py", description="Checkpoints x data sets, and pictures.", allow_abbrev=False,
         usage="python transfer.py --ckpt NAME=FILE ... --data NAME ... [options]   (all of them: --help)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
@@ -208,7 +209,7 @@ def build_parser():
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples of the test songs")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the encoders run")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="off", help="precision of the encoders; off: float32")
-    add("--out", type=Path, default=Path("runs/transfer.json"), metavar="FILE", help="the result; its heat map beside it")
+    add("--out", type=Path, default=Path("runs/transfer.json"), metavar="FILE", help="the result; a heat map beside it")
     add("--plots", type=Path, metavar="DIR", help="also pictures of every cell, or of --results")
     return parser
 
@@ -224,7 +225,8 @@ def main(argv=None):
         sources = dict(pair.split("=", 1) if "=" in pair else (Path(pair).parent.name, pair) for pair in args.ckpt)
         for wrong, what in (
                 (args.results and not args.plots, "--results needs --plots DIR, where the pictures go"),
-                (not args.results and not (args.data and (args.ckpt or args.random)), "type --ckpt NAME=FILE ... and --data NAME ..."),
+                (not args.results and not (args.data and (args.ckpt or args.random)),
+                 "type --ckpt NAME=FILE ... and --data NAME ..."),
                 (len(sources) < len(args.ckpt), "--ckpt: two encoders have one name; type NAME=FILE"),
                 (not 0 < args.fraction <= 1, "--fraction is in (0, 1]"),
                 (min(args.hidden) < 0 or min(args.seeds, args.min_steps, args.bootstrap) < 1,
@@ -264,22 +266,23 @@ def run(args, options, sources, targets, evaluate, model, prepare):
                 first = next(iter(loaded.values()))[0]
                 options.encoder, options.width = first.name, first.sizes.get("width", 1.0)
             for options.hidden in args.hidden:
-                print(f"{source} on {name}, {f'hidden {options.hidden}' if options.hidden else 'linear'} probe", file=sys.stderr)
+                print(f"{source} on {name}, hidden units of the probe: {options.hidden}", file=sys.stderr)
                 result = evaluate.run(options, clips, encoder, info, model)
                 row = result["results"][0]
                 checked = {"status": "", "heard": 0, "shared": 0} if encoder is None else mark(
                     info, clips, lambda data: prepare.Clips(prepare.find(data)))
                 metrics = evaluate.METRICS[clips.task]
+                text = {m: evaluate.cell(row["mean"][m], row["std"][m], row["interval"][m]) for m in metrics}
                 cells.append({"source": source, "target": name, "mark": checked, "encoder": result["encoder"], **row,
-                              "text": {m: evaluate.cell(row["mean"][m], row["std"][m], row["interval"][m]) for m in metrics}})
+                              "text": text})
                 meta[name] = {"metrics": metrics, **result["data"]}
                 if args.plots and encoder is not None:
                     folder = args.plots / f"{source}-{name}"
                     result_pictures(folder, json.loads(evaluate.to_json(result)), evaluate.METRICS)
                     cell_pictures(folder, result, clips, evaluate.windows, evaluate.usable)
     shown = {name: {m: text for m, text in list(meta[name]["metrics"].items())[:2]} for name in targets}
-    result = {"kind": "transfer", "caption": f"Trained elsewhere, in percent: mean ± standard deviation over {args.seeds} seeds, "
-              "[95 % interval over test songs].", "table": grid(cells, shown), "argv": ["transfer.py", *sys.argv[1:]],
+    result = {"kind": "transfer", "caption": f"In percent: mean ± standard deviation over {args.seeds} seeds, [95 % "
+              "interval over test songs].", "table": grid(cells, shown), "argv": ["transfer.py", *sys.argv[1:]],
               "versions": model.versions(), "protocol": vars(args), "targets": meta, "cells": cells}
     model.write_atomically(args.out, evaluate.to_json(result).encode())
     print(evaluate.table(result))

@@ -3,9 +3,9 @@
     python bench/evaluate.py                       # about four minutes on two quiet cores
     python bench/evaluate.py --out -               # print only
 
-Embedding: windows of 59,049 samples per second, batch 16, each variant in a process of its own, in turns (A B C A B C ...),
+Embedding: windows of 59,049 samples per second, batch 16, each variant in a process of its own, in turns (A B C A B C),
 medians over the turns:
-  released   the architecture of the released code, eager float32, as its scripts run it (Conv1d, batch norm, glibc's malloc)
+  released   the released architecture, eager float32, as its scripts run it (Conv1d, batch norm, glibc's malloc)
   float32    evaluate.embed on model.fold_batch_norm(encoder): same weights, outputs compared with the released form's
   bf16       the same in bfloat16
 Probe: evaluate.fit_probe on features of MagnaTagATune's size (187,060 + 18,250 windows x 512, 50 tags as frequent as
@@ -90,15 +90,15 @@ def probe():
     h = torch.relu(window @ torch.randn(48, 512, generator=rng) / 7 + 0.2 * torch.randn(len(clips), 512, generator=rng))
     wanted = latent @ torch.randn(48, 50, generator=rng) / 7 + 1.5 * torch.randn(len(latent), 50, generator=rng)
     frequency = torch.logspace(-2.0, -0.7, 50)  # MagnaTagATune's top 50: 1 % to 19 % of the clips
-    y = torch.stack([wanted[:, k] > wanted[:, k].quantile(1 - f) for k, f in enumerate(frequency.tolist())], 1)[clips].byte()
+    y = torch.stack([w > w.quantile(1 - f) for w, f in zip(wanted.T, frequency.tolist())], 1)[clips].byte()
     start = time.perf_counter()
     _, info = evaluate.fit_probe(h[:n], y[:n], h[n:], y[n:], clips[n:])
-    return {"seconds": time.perf_counter() - start, "windows": n, "tags": 50, "threads": torch.get_num_threads(), **info}
+    return {"seconds": time.perf_counter() - start, "windows": n, "tags": 50, **info}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="bench/evaluate.py", description="Speed of embedding and probing.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="bench/evaluate.py", description="Speed of embedding and probing.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--turns", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--batches", type=int, default=6, help="batches of 16 windows per measurement")
     parser.add_argument("--only", choices=["embedding", "probe"], help="one of the two")
@@ -111,17 +111,19 @@ def main(argv=None):
         return 0
     result = json.loads(Path(args.out).read_text()) if args.out != "-" and Path(args.out).is_file() else {}
     result.update({"kind": "bench", "argv": ["bench/evaluate.py", *(sys.argv[1:] if argv is None else argv)],
-                   "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}})
+                   "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
+                               "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16"))}})
     if args.only != "probe":
         rates, outputs = {v: [] for v in VARIANTS}, {}
         with tempfile.TemporaryDirectory() as folder:
             for turn in range(args.turns):
                 for variant in VARIANTS:
                     save = Path(folder) / f"{variant}.npy"
-                    done = subprocess.run([sys.executable, __file__, "--variant", variant, "--batches", str(args.batches), "--save", save],
-                                          capture_output=True, text=True)
+                    flags = ["--variant", variant, "--batches", str(args.batches), "--save", str(save)]
+                    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
                     if done.returncode:
-                        print(f"bench/evaluate.py: error: {variant}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                        why = done.stderr.strip().splitlines()[-1]
+                        print(f"bench/evaluate.py: error: {variant}: {why}", file=sys.stderr)
                         return 1
                     rates[variant].append(json.loads(done.stdout)["windows_per_s"])
                     outputs[variant] = np.load(save)
@@ -134,9 +136,12 @@ def main(argv=None):
     if args.only != "embedding":
         result["probe"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in probe().items()}
         print(result["probe"], file=sys.stderr)
-    result["caption"] = f"Embedding at batch 16 on {os.cpu_count()} cores, windows of 59,049 samples, median of {args.turns} turns."
-    result["table"] = [{"form": v, "windows/s": f"{r['windows_per_s']:.0f}", "times the released form": f"{r['times_released']:.1f}",
-                        "relative difference": f"{r['relative_difference']:.0e}"} for v, r in result.get("embedding", {}).items()]
+    result["caption"] = (f"Embedding on {os.cpu_count()} cores, batch 16, windows of 59,049 samples, "
+                         f"medians of {args.turns} turns.")
+    result["table"] = [{"form": v, "windows/s": f"{r['windows_per_s']:.0f}",
+                        "times released": f"{r['times_released']:.1f}",
+                        "relative difference": f"{r['relative_difference']:.0e}"}
+                       for v, r in result.get("embedding", {}).items()]
     text = json.dumps(result, indent=1) + "\n"
     if args.out == "-":
         print(text)

@@ -285,6 +285,34 @@ def test_single_label_hidden_and_lbfgs(run, checkpoint, tiny_single, tmp_path):
         assert result["mean"]["accuracy"] == pytest.approx(np.trace(result["runs"][0]["confusion"]) / 6, abs=1e-6)
 
 
+@pytest.mark.parametrize("prefix,wrap,hidden", [("", False, 0), ("model.", True, 6), ("module.model.", True, 0)])
+def test_probes_of_the_authors(prefix, wrap, hidden, problem, tmp_path):
+    torch.manual_seed(0)
+    probe = nn.Sequential(*([nn.Linear(16, 6), nn.ReLU()] if hidden else []), nn.Linear(hidden or 16, 3))
+    state = {prefix + key: value for key, value in probe.state_dict().items()}
+    torch.save({"state_dict": {"encoder.fc.weight": torch.zeros(3, 3), **state}, "epoch": 3} if wrap else state, tmp_path / "p.pt")
+    got, info = evaluate.load_probe(tmp_path / "p.pt")(*problem, "multilabel", seed=0)
+    assert torch.equal(got(problem[2]), probe(problem[2])) and 0 < info["valid"] < 1
+    with pytest.raises(ValueError, match="maps 16 features to 3 tags, not 8 to 3"):
+        evaluate.load_probe(tmp_path / "p.pt")(problem[0][:, :8], *problem[1:], "multilabel", seed=0)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="holds no probe"):
+        evaluate.load_probe(tmp_path / "none.pt")
+
+
+def test_a_trained_head_is_used_as_it_is(checkpoint, tiny_data, tmp_path):
+    probe = nn.Sequential(nn.Linear(32, 4))
+    torch.save(probe.state_dict(), tmp_path / "head.pt")
+    assert evaluate.main(["--ckpt", str(checkpoint), "--head", str(tmp_path / "head.pt"), "--seeds", "1", "--bootstrap", "20",
+                          "--out", str(tmp_path / "h.json"), "--export", str(tmp_path)]) == 0
+    clips = prepare.Clips(tiny_data)
+    clip, start = evaluate.windows(clips.length, 59049)
+    h = evaluate.embed(model.load_encoder(checkpoint)[0], clips.crops(clip, start, 59049).split(8))
+    test = clips.split == 2
+    want = evaluate.score(evaluate.clip_scores(probe(h), clip, len(clips))[test], clips.labels[test])
+    assert json.loads((tmp_path / "h.json").read_text())["results"][0]["mean"]["pr_auc"] == pytest.approx(want["pr_auc"], abs=2e-6)
+
+
 def test_supervised_and_finetuned(run, checkpoint, tiny_data, tmp_path):
     done = run(["evaluate.py", "--ckpt", checkpoint, "--supervised", "--finetune", "--fraction", "0.5", "--seeds", "1", *FEW, "--epochs", "2",
                 "--batch-size", "4", "--out", tmp_path / "e.json", "--export", tmp_path])
