@@ -18,7 +18,8 @@ demo: setup
 	$(PY) prepare.py --data demo
 	$(PY) pretrain.py --data demo --width 0.25 --batch-size 48 --max-steps 150 --lr 1e-3 --save-every 25 --probe-every 25 --out runs/demo
 	$(PY) pretrain.py --plot runs/demo
-	$(PY) evaluate.py --ckpt runs/demo/encoder.pt --random --plots runs/demo/plots
+	$(PY) evaluate.py --ckpt runs/demo/encoder.pt --random
+	$(PY) transfer.py --results runs/demo/evaluate-demo.json --plots runs/demo/plots
 	@echo
 	@echo "What this shows: every stage works on real music. What it cannot show: how good the method is. 37 test excerpts put"
 	@echo "some 16 points of chance around each accuracy, and a class is one game's soundtrack as much as one author."

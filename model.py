@@ -112,18 +112,10 @@ class Block(nn.Sequential):
     def forward(self, x):
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        kept = 0 if x.shape[1] == 1 else 1  # how many layers run outside of the recomputed part
-        for layer in self[:kept]:
-            x = layer(x)
-        return checkpoint(self._from, kept, x, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts)
-
-    def _from(self, first, x):
-        for layer in list(self)[first:]:
-            x = layer(x)
-        return x
-
-    def _contexts(self):
-        return contextlib.nullcontext(), self._running_statistics_untouched()
+        stem, layers = x.shape[1] == 1, list(self)
+        again = nn.Sequential(*layers) if stem else nn.Sequential(*layers[1:])
+        return checkpoint(again, x if stem else layers[0](x), use_reentrant=False, preserve_rng_state=False,
+                          context_fn=lambda: (contextlib.nullcontext(), self._running_statistics_untouched()))
 
     @contextlib.contextmanager
     def _running_statistics_untouched(self):
@@ -490,9 +482,20 @@ class Exported(nn.Module):
         return self.frames(audio, self.input_samples).mean(1)  # (B, n, D) -> (B, D)
 
 
-def versions() -> dict:
-    """Versions that explain a number."""
-    return {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+def _finish_export(path, sidecar, pairs):
+    """Compare (want, got) pairs of eager and reloaded outputs, note the largest difference, write the sidecar."""
+    worst = max(((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item() for want, got in pairs)
+    if not worst < 1e-4:
+        raise RuntimeError(f"{path} differs from the eager encoder by {worst:.1e} (relative): do not use it, and report this")
+    sidecar = {**sidecar, "max_difference": worst}
+    write_atomically(f"{path}.json", (json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n").encode())
+    return sidecar
+
+
+def _sidecar(encoder, module, sample_rate, out_dim, tags, task, info):
+    versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+    return {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": out_dim, "tags": list(tags), "task": task,
+            "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions, "sha256": weights_sha256(module), **(info or {})}
 
 
 def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, tags=(), task="none", info=None) -> dict:
@@ -504,54 +507,38 @@ def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, ta
         sample_rate: of the audio it expects, in Hz. tags: names of the K outputs, in order. task: multilabel or singlelabel.
     Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded), relative to the output's scale.
     Raises: RuntimeError if that is above 1e-4, which means that the file must not be used."""
-    path = Path(path)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     head = None if head is None else copy.deepcopy(head).cpu().float().eval()
     eager = Exported(encoder, sample_rate, head, tags, task).eval()
     plain = Exported(fold_batch_norm(encoder), sample_rate, head, tags, task).eval()
-    out_dim = len(tags) if head is not None else encoder.out_dim
-    sidecar = {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": out_dim, "tags": list(tags),
-               "task": plain.task, "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions(),
-               "sha256": weights_sha256(eager), **(info or {})}
+    sidecar = _sidecar(encoder, eager, sample_rate, encoder.out_dim if head is None else len(tags), tags, plain.task, info)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # scripting is kept for the users who load it; encoder.pt2 is beside it
-        scripted = torch.jit.script(plain)
         buffer = io.BytesIO()
-        torch.jit.save(scripted, buffer, _extra_files={"sidecar.json": json.dumps(sidecar)})
+        torch.jit.save(torch.jit.script(plain), buffer, _extra_files={"sidecar.json": json.dumps(sidecar)})
         write_atomically(path, buffer.getvalue())
         loaded = torch.jit.load(path)
-    worst = 0.0
     generator = torch.Generator().manual_seed(0)
-    for batch, length in ((1, encoder.input_samples), (3, 2 * encoder.input_samples + 1234)):
-        audio = torch.rand(batch, 1, length, generator=generator) * 2 - 1
-        with torch.no_grad():
-            want, got = eager(audio), loaded(audio)
-        worst = max(worst, ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item())
-    if not worst < 1e-4:
-        raise RuntimeError(f"{path} differs from the eager encoder by {worst:.1e} (relative): do not use it, and report this")
-    sidecar["max_difference"] = worst
-    write_atomically(f"{path}.json", (json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n").encode())
-    return sidecar
+    audio = [torch.rand(batch, 1, length, generator=generator) * 2 - 1
+             for batch, length in ((1, encoder.input_samples), (3, 2 * encoder.input_samples + 1234))]
+    with torch.no_grad():
+        return _finish_export(path, sidecar, [(eager(x), loaded(x)) for x in audio])
 
 
 def export_program(encoder: nn.Module, path, sample_rate: int, info=None) -> dict:
     """Write encoder.pt2, a torch.export program `(B, 1, input_samples) -> (B, D)` for any B, and its sidecar; checked the same way."""
-    path = Path(path)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
-    sidecar = {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": encoder.out_dim, "tags": [], "task": "none",
-               "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions(), "sha256": weights_sha256(encoder), **(info or {})}
+    sidecar = _sidecar(encoder, encoder, sample_rate, encoder.out_dim, (), "none", info)
     audio = torch.rand(4, 1, encoder.input_samples, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    program = torch.export.export(fold_batch_norm(encoder), (audio[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"sidecar.json": json.dumps(sidecar)})
-    write_atomically(path, buffer.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch's own writer about its own buffers
+        program = torch.export.export(fold_batch_norm(encoder), (audio[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, buffer, extra_files={"sidecar.json": json.dumps(sidecar)})
+        write_atomically(path, buffer.getvalue())
+        loaded = torch.export.load(path).module()
     with torch.no_grad():
-        want, got = encoder(audio), torch.export.load(path).module()(audio)
-    sidecar["max_difference"] = ((got - want).abs().max() / want.abs().max().clamp_min(1e-12)).item()
-    if not sidecar["max_difference"] < 1e-4:
-        raise RuntimeError(f"{path} differs from the eager encoder by {sidecar['max_difference']:.1e} (relative): do not use it, and report this")
-    write_atomically(f"{path}.json", (json.dumps(sidecar, indent=1) + "\n").encode())
-    return sidecar
+        return _finish_export(path, sidecar, [(encoder(audio), loaded(audio))])
 
 
 # --------------------------------------------------------------------------------------------------------- The command
@@ -559,32 +546,33 @@ def export_program(encoder: nn.Module, path, sample_rate: int, info=None) -> dic
 
 def table(encoder: nn.Module) -> str:
     """One line per layer with its output shape and parameters, for one window."""
-    lines, hooks = [], []
+    lines = []
+
+    def note(name):
+        def hook(m, _, out):
+            shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
+            lines.append(f"{name:14s} {type(m).__name__:12s} {str(shape):24s} {sum(p.numel() for p in m.parameters()):>12,d}")
+        return hook
+
+    encoder = copy.deepcopy(encoder).eval()
     for name, module in encoder.named_modules():
         if not list(module.children()):
-            def note(m, _, out, name=name):
-                shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
-                lines.append(f"{name:14s} {type(m).__name__:12s} {str(shape):24s} {sum(p.numel() for p in m.parameters()):>12,d}")
-            hooks.append(module.register_forward_hook(note))
+            module.register_forward_hook(note(name))
     with torch.no_grad():
-        out = encoder.eval()(torch.zeros(1, 1, encoder.input_samples))
-    for hook in hooks:
-        hook.remove()
+        encoder(torch.zeros(1, 1, encoder.input_samples))
     total = sum(p.numel() for p in encoder.parameters())
-    lines.append(f"{encoder.name}: (B, 1, {encoder.input_samples}) -> (B, {out.shape[1]}), {total:,d} parameters")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{encoder.name}: (B, 1, {encoder.input_samples}) -> (B, {encoder.out_dim}), {total:,d} parameters"])
 
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="model.py", description="Print an encoder layer by layer, or export one.", allow_abbrev=False,
                                      usage="python model.py [--encoder NAME | --ckpt FILE [--out DIR]]   (--help lists all)",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("model")
-    group.add_argument("--encoder", choices=list(ENCODERS), default="samplecnn", help="which encoder to print")
-    group.add_argument("--width", type=float, default=1.0, help="factor on all channels")
-    group.add_argument("--ckpt", metavar="FILE", help="an encoder.pt instead of a new encoder")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="write encoder.ts and encoder.pt2 here (with --ckpt)")
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", choices=list(ENCODERS), default="samplecnn", help="which encoder to print")
+    add("--width", type=float, default=1.0, help="factor on all channels")
+    add("--ckpt", metavar="FILE", help="an encoder.pt instead of a new encoder")
+    parser.add_argument_group("run").add_argument("--out", metavar="DIR", help="write encoder.ts and encoder.pt2 here (with --ckpt)")
     return parser
 
 
