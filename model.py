@@ -6,8 +6,7 @@
 
 This file needs torch alone. Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
 
-An encoder is any module that takes `(B, 1, input_samples)` audio in [-1, 1] and gives `(B, out_dim)` features, and says
-so itself: `input_samples`, `out_dim`, `name`, and `sizes` (the arguments that build it again).
+An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has `name` and `sizes`.
 
 Files:
   encoder.pt    {"format", "state", "encoder", "sizes", "sample_rate", "input_samples", "out_dim", "method", "step", ...}:
@@ -53,8 +52,7 @@ def choose_device(name="auto") -> torch.device:
     """`auto`, `cpu` or `cuda` -> device; in a torchrun process, `cuda` is the GPU of that process.
 
     >>> choose_device("cpu")
-    device(type='cpu')
-    """
+    device(type='cpu')"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -380,8 +378,8 @@ def save_encoder(path, encoder: nn.Module, **info):
 def load_encoder(path) -> tuple[nn.Module, dict]:
     """Read an encoder file, ours or the authors' (Lightning `model.encoder.*`, older `encoder.*`).
 
-    Returns: the encoder in eval mode on the CPU, and the info it was saved with.
-    Raises: FileNotFoundError; ValueError when the file is of another format or does not fit its encoder."""
+    Returns: the encoder in eval mode on the CPU, and the info it was saved with. Raises: FileNotFoundError; ValueError when
+    the file is of another format or does not fit its encoder."""
     content = read_checkpoint(path)
     if content.get("format") == FORMAT:
         info = {k: v for k, v in content.items() if k != "state"}
@@ -453,15 +451,12 @@ class Exported(nn.Module):
         self.input_samples = int(encoder.input_samples)
 
     def _rows(self, x: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        for part in torch.split(x, 32):  # bounded memory for any length of audio
-            y = self.head(self.encoder(part))
-            if self.task == "multilabel":
-                y = torch.sigmoid(y)
-            elif self.task == "singlelabel":
-                y = torch.softmax(y, 1)
-            parts.append(y)
-        return torch.cat(parts)
+        y = self.head(self.encoder(x))
+        if self.task == "multilabel":
+            y = torch.sigmoid(y)
+        elif self.task == "singlelabel":
+            y = torch.softmax(y, 1)
+        return y
 
     @torch.jit.export
     def frames(self, audio: Tensor, hop: int) -> Tensor:
@@ -474,7 +469,7 @@ class Exported(nn.Module):
         n = windows.shape[1]
         rows: list[Tensor] = []
         for i in range(windows.shape[0]):
-            for j in range(0, n, 32):
+            for j in range(0, n, 32):  # bounded memory for any length of audio
                 rows.append(self._rows(windows[i, j : j + 32].unsqueeze(1)))
         return torch.cat(rows).reshape(audio.shape[0], n, -1)
 
