@@ -105,6 +105,9 @@ def main():
                 row["chain_share"] = round(statistics.median(s for r in found for s in r["chain"]) / statistics.median(seconds), 3)
             result["steps"].append(row)
             print(json.dumps(row), flush=True)
+    result["caption"] = f"Medians on {cpu}, {os.cpu_count()} cores, torch {torch.__version__}; `{result['command']}`"
+    result["table"] = [{"batch": r["batch"], "variant": r["variant"], "s / step": r["seconds"], "pairs / s": r["pairs_per_s"], "speed-up": r["speed_up"],
+                        "peak GiB": r["peak_gib"], "steps timed": r["n"]} for r in result["steps"]]
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,7 +1,6 @@
 """The house rules: the one-way order of imports, files that work alone, commands and tables that cannot rot, doctests."""
 import ast
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -93,10 +92,17 @@ def test_the_papers_constants_stand_once():
     assert numbers == {22050: ["prepare"], 59049: []}
 
 
+def test_the_python_in_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = "\n".join(blocks) + "\nimport torch\nx = torch.rand(2, 1, 30000)\ndraws = chain.draw(2, torch.Generator().manual_seed(0))\n"
+    code += "only = augment.Chain(22050, ['reverse'], {'reverse': 1})\nassert torch.equal(only(x, only.draw(2, torch.Generator())), x.flip(-1))\n"
+    code += "assert chain(x, draws).shape == x.shape and list(chain.transforms)[-1] == 'reverse'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert blocks and done.returncode == 0, done.stderr
+
+
 def test_tables_of_readme_are_those_of_the_results(run):
     """README's tables between their markers are exactly what evaluate.py makes of results/*.json."""
-    import evaluate
-
     text = (ROOT / "README.md").read_text()
     markers = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- /table -->", text, re.S)
     assert markers
