@@ -25,7 +25,7 @@ table for the machine. In code:
     y = chain(x, draws)                                               # x: (B, 1, T) float32 on any device
 
 Drawing is apart from processing, so that a process may draw for the whole batch and take only its rows of `draws`,
-and so that every value can be logged, replayed and tested. Letters: B examples, T samples, N points of an FFT.
+and so that every value can be logged, replayed and tested. Letters: B examples, T samples, n points of an FFT.
 """
 
 import argparse
@@ -37,6 +37,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
 
@@ -46,7 +48,7 @@ def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _check(x: torch.Tensor, **values: tuple[torch.Tensor, float, float]) -> None:
+def _check(x: Tensor, **values: tuple[Tensor, float, float]) -> None:
     """Raise ValueError unless x is mono, (B, 1, T), and each of values, given with its range, is (B,) and inside it."""
     if x.dim() != 3 or x.shape[1] != 1:
         raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
@@ -57,19 +59,14 @@ def _check(x: torch.Tensor, **values: tuple[torch.Tensor, float, float]) -> None
             raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value.min():g} to {value.max():g}")
 
 
-def _fft(transform: Callable, x: torch.Tensor, n: int) -> torch.Tensor:
+def _fft(transform: Callable, x: Tensor, n: int) -> Tensor:
     """MKL transforms a single row by another and slower algorithm, which also rounds differently: it is given two."""
     return transform(x.expand(2, -1), n)[:1] if len(x) == 1 else transform(x, n)
 
 
-def _fft_size(samples: int) -> int:
-    return 1 << max(15, (samples - 1).bit_length())
-
-
 # ------------------------------------------------------------------------------------------------ simple transforms
 
-
-def polarity(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+def polarity(x: Tensor, flip: Tensor) -> Tensor:
     """Invert the examples where flip (B,) is true.
 
     >>> polarity(torch.ones(2, 1, 3), torch.tensor([True, False]))[:, 0, 0].tolist()
@@ -79,7 +76,7 @@ def polarity(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     return x * (1 - 2 * flip.to(x))[:, None, None]
 
 
-def gain(x: torch.Tensor, db: torch.Tensor) -> torch.Tensor:
+def gain(x: Tensor, db: Tensor) -> Tensor:
     """Change the level by db (B,) decibels.
 
     >>> gain(torch.ones(1, 1, 3), torch.tensor([-20.0]))[0, 0, 0].item()
@@ -89,20 +86,17 @@ def gain(x: torch.Tensor, db: torch.Tensor) -> torch.Tensor:
     return x * 10 ** (db.to(x) / 20)[:, None, None]
 
 
-def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | None = None,
-          seed: torch.Tensor | None = None) -> torch.Tensor:
+def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, seed: Tensor | None = None) -> Tensor:
     """Add white Gaussian noise at a signal-to-noise ratio of snr_db (B,) decibels, measured over the example.
 
-    Sample t of an example's noise is a function of (its seed, t) alone, so it does not depend on the batch around
-    it nor on the device. seed (B,) int64; without it, seeds are drawn from the CPU generator.
+    Sample t of an example's noise depends on (its seed, t) alone, not on the batch around it, nor on the device.
+    seed (B,) int64; without it, seeds are drawn from the CPU generator.
 
     >>> noise(torch.ones(2, 1, 4), torch.tensor([80.0, 80.0]), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 1, 4])
     """
     _check(x, snr_db=(snr_db, -math.inf, math.inf))
-    if seed is None:
-        seed = torch.randint(2**62, (x.shape[0],), generator=generator)
-    seed = seed.to(x.device)
+    seed = (_seed(len(x), generator) if seed is None else seed).to(x.device)
     scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-snr_db.to(x)[:, None] / 20)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device, 2):
@@ -110,7 +104,7 @@ def noise(x: torch.Tensor, snr_db: torch.Tensor, generator: torch.Generator | No
     return y
 
 
-def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: float = 0.5) -> torch.Tensor:
+def delay(x: Tensor, delay_ms: Tensor, sample_rate: int, factor: float = 0.5) -> Tensor:
     """Add to each example itself, delay_ms (B,) milliseconds later, times factor. The length stays.
 
     >>> delay(torch.eye(1, 5)[None], torch.tensor([2.0]), sample_rate=1000).tolist()
@@ -119,16 +113,14 @@ def delay(x: torch.Tensor, delay_ms: torch.Tensor, sample_rate: int, factor: flo
     _check(x, delay_ms=(delay_ms, 0, math.inf))
     shift = (delay_ms.cpu() * (sample_rate / 1000)).round().long()
     longest = int(shift.max()) if len(shift) else 0
-    late = torch.nn.functional.pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)    # (B, longest + 1, T), a view
+    late = pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)    # (B, longest + 1, T), a view
     rows = torch.arange(len(x), device=x.device)
     return torch.add(x, late[rows, (longest - shift).to(x.device)][:, None], alpha=factor)
 
 
-def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
-    """Normal deviates (B, n) float32 from seeds (B,): splitmix64 of the position, then Box-Muller.
-
-    A generator per example would have to live on the CPU; a hash of the position is the same on every device.
-    """
+def _gaussian(seed: Tensor, n: int) -> Tensor:
+    """Normal deviates (B, n) float32 from seeds (B,): splitmix64 of the position, the same on every device, then
+    Box-Muller."""
     half = (n + 1) // 2
     z = seed[:, None] + torch.arange(1, half + 1, device=seed.device) * -7046029254386353131      # 2^64 / golden ratio
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
@@ -136,8 +128,7 @@ def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
     first = (((z >> 40) & 0xFFFFFF).float() + 0.5) * 2**-24                   # in (0, 1): its logarithm stays finite
     second = ((z & 0xFFFFFF).float() + 0.5) * 2**-24
-    radius = first.log_().mul_(-2).sqrt_()
-    angle = second.mul_(2 * math.pi)
+    radius, angle = first.log_().mul_(-2).sqrt_(), second.mul_(2 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :n]
 
 
@@ -146,7 +137,7 @@ def _gaussian(seed: torch.Tensor, n: int) -> torch.Tensor:
 FILTER_BLOCK = 64           # samples
 
 
-def low_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def low_pass(x: Tensor, cutoff_hz: Tensor, sample_rate: int) -> Tensor:
     """Second-order Butterworth low-pass at cutoff_hz (B,): -3 dB there, 12 dB per octave above.
 
     The same filter as sox's `lowpass`, torchaudio's `lowpass_biquad` and scipy's `butter(2, cutoff)`.
@@ -157,7 +148,7 @@ def low_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torc
     return _butterworth(x, cutoff_hz, torch.zeros_like(cutoff_hz, dtype=torch.bool), sample_rate)
 
 
-def high_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def high_pass(x: Tensor, cutoff_hz: Tensor, sample_rate: int) -> Tensor:
     """Second-order Butterworth high-pass at cutoff_hz (B,): -3 dB there, 12 dB per octave below.
 
     >>> high_pass(torch.zeros(2, 1, 100), torch.tensor([200.0, 1200.0]), 22050).shape
@@ -166,44 +157,41 @@ def high_pass(x: torch.Tensor, cutoff_hz: torch.Tensor, sample_rate: int) -> tor
     return _butterworth(x, cutoff_hz, torch.ones_like(cutoff_hz, dtype=torch.bool), sample_rate)
 
 
-def _butterworth(x: torch.Tensor, cutoff_hz: torch.Tensor, high: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def _butterworth(x: Tensor, cutoff_hz: Tensor, high: Tensor, sample_rate: int) -> Tensor:
     """The recursion in blocks: inside a block of P samples it is a product with a triangular matrix of the impulse
     response; from block to block only one complex number per example is handed on."""
     _check(x, cutoff_hz=(cutoff_hz, 1, 0.499 * sample_rate))
     cutoff_hz, high = cutoff_hz.double().cpu(), high.cpu()
     # bilinear transform of 1 / (s^2 + sqrt(2) s + 1), times s^2 for the high-pass, as
-    # H(z) = direct + residue / (1 - pole / z) + its conjugate
+    # H(z) = lead / |pole|^2 + residue / (1 - pole / z) + the conjugate
     corner = torch.tan(cutoff_hz * (math.pi / sample_rate))
     prototype = corner * complex(-1, 1) / math.sqrt(2)                                 # s of the pole
     pole = (1 + prototype) / (1 - prototype)
     lead = torch.where(high, 1.0, corner.square()) / (1 + math.sqrt(2) * corner + corner.square())
     zero = torch.where(high, 1.0, -1.0)                                                # twice, at z = 1 or z = -1
     residue = lead * (pole - zero).square() / (pole * (pole - pole.conj()))
-    direct = lead / pole.abs().square()
     powers = pole[:, None] ** torch.arange(FILTER_BLOCK + 1)                           # (B, P + 1)
     impulse = 2 * (residue[:, None] * powers).real                                     # (B, P + 1)
-    impulse[:, 0] += direct
-    owed = 2 * residue[:, None] * powers[:, 1:]                                       # owed to the state before
-    device, dtype = x.device, x.dtype
-    inside = torch.nn.functional.pad(impulse[:, :-1].to(device, dtype), (FILTER_BLOCK - 1, 0))
+    impulse[:, 0] += lead / pole.abs().square()
+    owed = 2 * residue[:, None] * powers[:, 1:]                                        # owed to the state before
+    inside = pad(impulse[:, :-1].to(x), (FILTER_BLOCK - 1, 0))
     inside = inside.unfold(1, FILTER_BLOCK, 1).flip(1)                                 # (B, P, P): [j, i] = h[i - j]
-    owed = torch.stack([owed.real, -owed.imag], 1).to(device, dtype)                   # (B, 2, P)
-    left = torch.view_as_real(powers[:, :-1].flip(1)).to(device, dtype)                # (B, P, 2): what a block leaves
+    owed = torch.stack([owed.real, -owed.imag], 1).to(x)                               # (B, 2, P)
+    left = torch.view_as_real(powers[:, :-1].flip(1)).to(x)                            # (B, P, 2): what a block leaves
     inside = torch.cat([inside, left], 2)                                              # (B, P, P + 2)
-    carry = powers[:, -1]
     total, count = x.shape[-1], -(-x.shape[-1] // FILTER_BLOCK)
     y = torch.empty_like(x)
-    for rows in _blocks(len(x), device):
-        blocks = torch.nn.functional.pad(x[rows, 0], (0, count * FILTER_BLOCK - total)).view(-1, count, FILTER_BLOCK)
+    for rows in _blocks(len(x), x.device):
+        blocks = pad(x[rows, 0], (0, count * FILTER_BLOCK - total)).view(-1, count, FILTER_BLOCK)
         out = torch.bmm(blocks, inside[rows])                                          # (B, M, P + 2)
         state = torch.view_as_complex(out[:, :, FILTER_BLOCK:].contiguous())           # (B, M)
-        factor, step = carry[rows, None], 1
+        factor, step = powers[rows, -1:], 1
         while step < count:                                                            # an inclusive scan by doubling
             # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
             kept = torch.where(factor.abs() > 1e-30, factor, 0).to(state.device, state.dtype)
             state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], kept, state[:, :-step])], 1)
             factor, step = factor.square(), 2 * step
-        before = torch.view_as_real(torch.nn.functional.pad(state[:, :-1], (1, 0)))    # (B, M, 2)
+        before = torch.view_as_real(pad(state[:, :-1], (1, 0)))                        # (B, M, 2)
         out = torch.baddbmm(out[:, :, :FILTER_BLOCK], before, owed[rows])
         y[rows, 0] = out.flatten(1)[:, :total]
     return y
@@ -221,7 +209,7 @@ GROUP = 32                  # outputs that the interpolator computes in one matr
 ATTACK_BLOCK = 16           # samples, the resolution of the attacks
 
 
-def pitch_shift(x: torch.Tensor, semitones: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
     """Shift the pitch by semitones (B,), from -12 to 12, keeping the length and the tempo.
 
     Synchronised overlap-add: the output is laid together from segments of the input, each read at 2^(semitones / 12)
@@ -234,36 +222,30 @@ def pitch_shift(x: torch.Tensor, semitones: torch.Tensor, sample_rate: int) -> t
     """
     _check(x, semitones=(semitones, -12, 12))
     ratio = 2 ** (semitones.double().cpu() / 12)
-    n = _fft_size(x.shape[-1] + sample_rate // 50)                     # the band limit rings for less than 20 ms
+    n = 1 << max(15, (x.shape[-1] + sample_rate // 50 - 1).bit_length())      # the band limit rings for under 20 ms
     y = torch.empty_like(x)
+    bins = torch.arange(n // 2 + 1, device=x.device) * (2 / n)
+    edges = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float().to(x.device)[:, None]
     for rows in _blocks(len(x), x.device, 4 * BLOCK):
-        kept = _fft(torch.fft.rfft, x[rows, 0], n).mul_(_band_limit(ratio[rows], n, x.device))
+        kept = ((edges[rows] - bins) * (1 / (0.03 * edges[rows]))).clamp_(0, 1)       # a ramp over the last 3 %
+        kept = _fft(torch.fft.rfft, x[rows, 0], n).mul_(kept)
         y[rows, 0] = _overlap_add(_fft(torch.fft.irfft, kept, n)[:, :x.shape[-1]], ratio[rows], sample_rate)
     return y
 
 
-def _band_limit(ratio: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
-    """(B, n // 2 + 1) real: pass what stays below half the sample rate when it is read `ratio` times as fast."""
-    edge = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float().to(device)[:, None]
-    bins = torch.arange(n // 2 + 1, device=device) * (2 / n)
-    return ((edge - bins) * (1 / (0.03 * edge))).clamp_(0, 1)          # a ramp over the last 3 %
-
-
-def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def _overlap_add(x: Tensor, ratio: Tensor, sample_rate: int) -> Tensor:
     """x (B, T), ratio (B,) float64 on the CPU -> (B, T), from S segments."""
     total, hop = x.shape[1], round(SEGMENT * sample_rate)
     fade, front = round(FADE * sample_rate), round(SEARCH * sample_rate) + TAPS
-    segments = max(1, math.ceil(total / hop))
-    length = hop + fade                                                # of a segment, in output samples
+    segments, length = max(1, math.ceil(total / hop)), hop + fade      # the length is in output samples
     # every example is moved, so that the middle of a segment (not its beginning) is read at its own time
     late = ((ratio - 1) * (length / 2)).round().long()                 # (B,) samples
     most = int(late.abs().max())
-    beyond = (length + GROUP) * float(ratio.max()) + DRIFT * sample_rate
-    size = segments * hop + math.ceil(beyond) + 2 * (front + TAPS)
-    padded = torch.nn.functional.pad(x, (front + most, max(0, size + most - front - total))).unfold(1, size, 1)
+    size = segments * hop + math.ceil((length + GROUP) * float(ratio.max()) + DRIFT * sample_rate) + 2 * (front + TAPS)
+    padded = pad(x, (front + most, max(0, size + most - front - total))).unfold(1, size, 1)
     padded = padded[torch.arange(len(x), device=x.device), (most - late).to(x.device)]          # (B, size)
     ratio, start = ratio.to(x.device), late.to(x.device) + front
-    starts = _segment_starts(padded, front, start, ratio, segments, sample_rate)
+    starts = _starts(padded, front, start, ratio, segments, sample_rate)
     pieces = x.new_empty(len(x), segments, length)
     for rows in _blocks(len(x), x.device, BLOCK // 2):
         pieces[rows] = _read_segments(padded[rows], starts[rows], ratio[rows], length)
@@ -272,8 +254,7 @@ def _overlap_add(x: torch.Tensor, ratio: torch.Tensor, sample_rate: int) -> torc
     return pieces[:, :, :hop].flatten(1)[:, :total]
 
 
-def _segment_starts(padded: torch.Tensor, front: int, start: torch.Tensor, ratio: torch.Tensor, segments: int,
-                    sample_rate: int) -> torch.Tensor:
+def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: int, sample_rate: int) -> Tensor:
     """Where each segment starts in the input, (B, S), the first one at start (B,): each at most SEARCH from its own
     time (front + s hop), where it is most like what would have come next. One after the other, all examples at once."""
     batch, device = len(padded), padded.device
@@ -284,62 +265,60 @@ def _segment_starts(padded: torch.Tensor, front: int, start: torch.Tensor, ratio
     row = torch.arange(batch, device=device)
     # of all candidates of all segments: 1 / sqrt(energy), from running sums, and the attacks before and up to their end
     around = padded.as_strided((batch, segments - 1, lags + fade), (padded.stride(0), hop, 1), first + hop)
-    power = torch.nn.functional.pad(around.square().cumsum(2), (1, 0))
+    power = pad(around.square().cumsum(2), (1, 0))
     scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()      # (B, S - 1, lags)
     attacks = _attacks(padded, sample_rate)
     blocks = (first + hop * torch.arange(1, segments, device=device)[:, None] + torch.arange(lags, device=device))
     before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade) // ATTACK_BLOCK + 1]
     far = 1e-5 * (torch.arange(lags, device=device) / search - 1).square()     # between equals, the nearer to its time
-    ahead_until = fade // ATTACK_BLOCK + 2
     continued = padded.unfold(1, fade + TAPS - 1, 1)
     template = padded.new_zeros(batch, fade + 2 * (phases - 1))
     starts = [start]
     for s in range(1, segments):
+        own = first + s * hop                                                                  # of the first lag
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
         ahead = start + hop * ratio
-        whole = ahead.floor()
+        whole = ahead.floor().long()
         kernel = _kernel((ahead - whole).float(), device)[:, None]                             # (B, 1, TAPS)
-        whole = whole.long()
         near = continued[row, whole - (TAPS // 2 - 1)]                                         # (B, fade + TAPS - 1)
         template[:, phases - 1:1 - phases] = torch.bmm(kernel, near.unfold(1, fade, 1).contiguous())[:, 0]
         # the product with the input at lag phases q + p is one small matrix product: the input from phases q on, times
         # the template moved by p; a view can only move it the other way, so p runs backwards
-        room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), first + s * hop).contiguous()
+        room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), own).contiguous()
         match = torch.bmm(room, template.unfold(1, width, 1).contiguous().transpose(1, 2)).flip(2).flatten(1)
         level = template.square().sum(1, keepdim=True).clamp_min_(1e-8).sqrt_()
         # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice
         block = whole[:, None] // ATTACK_BLOCK
-        heard, coming = attacks.gather(1, block), attacks.gather(1, block + ahead_until)
+        heard, coming = attacks.gather(1, block), attacks.gather(1, block + fade // ATTACK_BLOCK + 2)
         cut = torch.maximum(until[:, s - 1], coming).sub_(torch.minimum(before[:, s - 1], heard))      # (B, lags)
         lag = torch.addcmul((cut + far).mul_(level), match, scale[:, s - 1], value=-1).argmin(1)
-        own = first + s * hop
         hold = (cut[row, lag] > 0.2) & ((whole - own - search).abs() < DRIFT * sample_rate)    # no splice this time
         start = torch.where(hold, ahead.round().long(), lag + own)
         starts.append(start)
     return torch.stack(starts, 1)
 
 
-def _attacks(padded: torch.Tensor, sample_rate: int) -> torch.Tensor:
+def _attacks(padded: Tensor, sample_rate: int) -> Tensor:
     """How many attacks there are before each block, (B, size / ATTACK_BLOCK + 8): a running sum of the energy of the
     differenced signal where it is over four times its mean within 50 ms; a click adds nearly 1, a steady sound 0."""
     energy = padded.diff().unfold(1, ATTACK_BLOCK, ATTACK_BLOCK).square().sum(2)
     near = round(0.05 * sample_rate / ATTACK_BLOCK)
-    sums = torch.nn.functional.pad(energy.double(), (near + 1, near)).cumsum(1)
+    sums = pad(energy.double(), (near + 1, near)).cumsum(1)
     mean = (sums[:, 2 * near + 1:] - sums[:, :-2 * near - 1]).float().div_(2 * near + 1)
     over = (energy / mean.add_(1e-12)).sub_(4).clamp_min_(0).div_(2 * near + 1)
-    return torch.nn.functional.pad(over, (1, 8)).cumsum(1)
+    return pad(over, (1, 8)).cumsum(1)
 
 
-def _read_segments(padded: torch.Tensor, starts: torch.Tensor, ratio: torch.Tensor, length: int) -> torch.Tensor:
+def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int) -> Tensor:
     """(B, S, length): from each start on, every ratio-th sample. All segments of an example share the fractions between
     the samples, so GROUP neighbouring outputs of all its segments are one product with one small banded matrix."""
     batch, segments = starts.shape
     groups = -(-length // GROUP)
     span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
     position = torch.arange(groups * GROUP, device=padded.device) * ratio[:, None]             # (B, K G) float64
-    whole = position.floor()
+    whole = position.floor().long()
     kernel = _kernel((position - whole).float(), padded.device)                                # (B, K G, TAPS)
-    whole = whole.long().view(batch, groups, GROUP)
+    whole = whole.view(batch, groups, GROUP)
     base = whole[:, :, :1]                                                                     # (B, K, 1)
     column = (whole - base)[..., None] + torch.arange(TAPS, device=padded.device)              # (B, K, G, TAPS)
     band = kernel.new_zeros(batch, groups, span, GROUP).transpose(2, 3).scatter_(3, column, kernel.view(column.shape))
@@ -350,14 +329,14 @@ def _read_segments(padded: torch.Tensor, starts: torch.Tensor, ratio: torch.Tens
     return pieces.view(batch, groups, segments, GROUP).transpose(1, 2).flatten(2)[:, :, :length]
 
 
-def _kernel(fraction: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _kernel(fraction: Tensor, device: torch.device) -> Tensor:
     """Weights (..., TAPS) that read a signal `fraction` after a sample: sinc under a Kaiser window."""
     table = _kernel_table(device)
     return table[(fraction * (len(table) - 1)).round().long()]
 
 
 @lru_cache(maxsize=4)
-def _kernel_table(device: torch.device, fractions: int = 2048) -> torch.Tensor:
+def _kernel_table(device: torch.device, fractions: int = 2048) -> Tensor:
     fraction = torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
     t = torch.arange(TAPS, dtype=torch.float64) - (TAPS // 2 - 1) - fraction
     window = torch.special.i0(4.5 * (1 - (t / (TAPS / 2)).square()).clamp_min(0).sqrt())
@@ -373,8 +352,7 @@ DECAY_DB = 70               # of the weight over the points of one FFT
 COLUMNS = 256               # the bins of an FFT are a table with that many columns: delays are outer products there
 
 
-def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor,
-           sample_rate: int) -> torch.Tensor:
+def reverb(x: Tensor, reverberance: Tensor, damping: Tensor, room_size: Tensor, sample_rate: int) -> Tensor:
     """Add the sound of a room: Freeverb with the parameters of sox's `reverb`, each (B,) from 0 to 100 %.
 
     Freeverb is linear and time-invariant: eight damped combs in parallel, four all-passes in series. Its transfer
@@ -388,20 +366,24 @@ def reverb(x: torch.Tensor, reverberance: torch.Tensor, damping: torch.Tensor, r
     _check(x, reverberance=(reverberance, 0, 100), damping=(damping, 0, 100), room_size=(room_size, 0, 100))
     reverberance, damping, room_size = (value.double().cpu() for value in (reverberance, damping, room_size))
     total = x.shape[-1]
-    n = _fft_size(total)
+    n = 1 << max(15, (total - 1).bit_length())                                # points of an FFT; short audio, long tail
     weight, phases, one_sample, all_passes = _circle(sample_rate, n, x.device)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device):
         spectrum = _fft(torch.fft.rfft, x[rows, 0] * weight[:total], n)
-        room = _room(reverberance[rows], damping[rows], room_size[rows], sample_rate, phases, one_sample)
+        loop, coarse, fine = _room(reverberance[rows], damping[rows], room_size[rows], sample_rate, phases, one_sample)
         for row in _blocks(len(spectrum), x.device, 1):
-            spectrum[row] *= _transfer(*(factor[row] for factor in room), all_passes)
+            # with f the reciprocal gain around its loop, a comb is z^-D / (1 - z^-D / f) = (f / (f - z^-D) - 1) f: so
+            # the eight combs share all but a sum of eight reciprocals
+            combs = torch.addcmul(loop[row, None], coarse[row], fine[row], value=-1).reciprocal_().sum(1)
+            wet = combs.mul_(loop[row]).sub_(len(COMBS)).mul_(loop[row]).mul_(all_passes)
+            spectrum[row] *= wet.flatten(1)[:, :n // 2 + 1]
         y[rows, 0] = torch.addcdiv(x[rows, 0], _fft(torch.fft.irfft, spectrum, n)[:, :total], weight[:total])
     return y
 
 
-def _room(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Tensor, sample_rate: int,
-          phases: torch.Tensor, one_sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _room(reverberance: Tensor, damping: Tensor, room_size: Tensor, sample_rate: int, phases: Tensor,
+          one_sample: Tensor) -> tuple[Tensor, ...]:
     """What the transfer function of a room is made of, at bin COLUMNS a + b of an n-point FFT: the reciprocal of the
     gain around the loop of a comb, (1 - d / z) / (feedback (1 - d)), (B, A, COLUMNS); and the delay of each comb as an
     outer product, (B, 8, A, 1) times (B, 8, 1, COLUMNS)."""
@@ -420,19 +402,9 @@ def _room(reverberance: torch.Tensor, damping: torch.Tensor, room_size: torch.Te
     return gain - damp * one_sample, coarse[..., None], fine[:, :, None]
 
 
-def _transfer(loop: torch.Tensor, coarse: torch.Tensor, fine: torch.Tensor, all_passes: torch.Tensor) -> torch.Tensor:
-    """The wet transfer function (B, n // 2 + 1).
-
-    With f the reciprocal loop gain, a comb is z^-D / (1 - z^-D / f) = (f / (f - z^-D) - 1) f: the eight combs share all
-    but a sum of eight reciprocals.
-    """
-    combs = torch.addcmul(loop[:, None], coarse, fine, value=-1).reciprocal_().sum(1)     # (B, A, COLUMNS)
-    return combs.mul_(loop).sub_(len(COMBS)).mul_(loop).mul_(all_passes).flatten(1)[:, :1 - COLUMNS]
-
-
 @lru_cache(maxsize=4)
-def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """What all rooms share on the circle of radius rho, rho^n = DECAY_DB: the weights rho^-t and e^(-2 pi i k / n), both
+def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What all rooms share on the circle of radius rho, rho^n = DECAY_DB: the weights rho^-t and e^(-2 pi i k / n),
     (n,); and at bin COLUMNS a + b of an n-point FFT z^-1 and the four all-passes with the wet gain, (A, COLUMNS)."""
     turns = torch.arange(n, dtype=torch.float64) / n
     log_rho = DECAY_DB / 20 * math.log(10) / n
@@ -449,7 +421,6 @@ def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[torch.Tenso
 
 # ------------------------------------------------------------------------------------------------ the chain
 
-
 def _uniform(low: float, high: float) -> Callable:
     return lambda n, generator: low + (high - low) * torch.rand(n, generator=generator)
 
@@ -458,41 +429,35 @@ def _one_of(*values: float) -> Callable:
     return lambda n, generator: torch.tensor(values)[torch.randint(len(values), (n,), generator=generator)]
 
 
-def _seed(n: int, generator: torch.Generator) -> torch.Tensor:
+def _seed(n: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2**62, (n,), generator=generator)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """A row of the table: the default probability; apply(x, sample_rate, **values), on the rows it was drawn for; for
-    each value a function (n, generator) -> (n,) that draws it, and its unit."""
+    """A row of the table: the default probability; apply(x, sample_rate, **values), given the rows it was drawn for;
+    and for each value how it is drawn, (n, generator) -> (n,), and its unit."""
     probability: float
     apply: Callable
-    values: dict[str, Callable] = field(default_factory=dict)
-    units: dict[str, str] = field(default_factory=dict)
+    values: dict[str, tuple[Callable, str]] = field(default_factory=dict)
 
 
-def _filter(x, sample_rate, high, low_pass_hz, high_pass_hz):
-    return _butterworth(x, torch.where(high, high_pass_hz, low_pass_hz), high, sample_rate)
-
-
-# Order, ranges and default probabilities of the paper (section 3.1; Figure 3 for the probabilities).
+# order and ranges: section 3.1; probabilities: the best of Figure 3, else those of the released code
 TRANSFORMS = {
     "polarity": Transform(0.8, lambda x, sample_rate: -x),
     "noise": Transform(0.01, lambda x, sample_rate, snr_db, seed: noise(x, snr_db, seed=seed),
-                       {"snr_db": _one_of(80.0), "seed": _seed}, {"snr_db": "dB"}),
-    "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": _uniform(-6, 0)}, {"db": "dB"}),
-    "filter": Transform(0.8, _filter,
-                        {"high": _one_of(False, True), "low_pass_hz": _uniform(2200, 4000),
-                         "high_pass_hz": _uniform(200, 1200)}, {"low_pass_hz": "Hz", "high_pass_hz": "Hz"}),
+                       {"snr_db": (_one_of(80.0), "dB"), "seed": (_seed, "")}),
+    "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": (_uniform(-6, 0), "dB")}),
+    "filter": Transform(0.8, lambda x, sample_rate, high, low_pass_hz, high_pass_hz:
+                        _butterworth(x, torch.where(high, high_pass_hz, low_pass_hz), high, sample_rate),
+                        {"high": (_one_of(False, True), ""), "low_pass_hz": (_uniform(2200, 4000), "Hz"),
+                         "high_pass_hz": (_uniform(200, 1200), "Hz")}),
     "delay": Transform(0.4, lambda x, sample_rate, ms: delay(x, ms, sample_rate),
-                       {"ms": _one_of(*map(float, range(200, 501, 50)))}, {"ms": "ms"}),
+                       {"ms": (_one_of(*map(float, range(200, 501, 50))), "ms")}),
     "pitch": Transform(0.4, lambda x, sample_rate, semitones: pitch_shift(x, semitones, sample_rate),
-                       {"semitones": _uniform(-5, 5)}, {"semitones": "semitones"}),
-    "reverb": Transform(0.4, lambda x, sample_rate, reverberance, damping, room_size:
-                        reverb(x, reverberance, damping, room_size, sample_rate),
-                        {"reverberance": _uniform(0, 100), "damping": _uniform(0, 100), "room_size": _uniform(0, 100)},
-                        {"reverberance": "%", "damping": "%", "room_size": "%"}),
+                       {"semitones": (_uniform(-5, 5), "semitones")}),
+    "reverb": Transform(0.4, lambda x, sample_rate, **values: reverb(x, sample_rate=sample_rate, **values),
+                        {key: (_uniform(0, 100), "%") for key in ("reverberance", "damping", "room_size")}),
 }
 
 
@@ -501,11 +466,9 @@ class Chain:
 
     Args:
         sample_rate: of the audio, in Hz.
-        transforms: names from the table (a sequence, always applied in the table's order); all by default.
-        probability: {name: probability} that replaces the table's.
-        table: name -> Transform; TRANSFORMS by default.
-
-    Raises ValueError for a name that is not in the table and for a probability outside 0 to 1.
+        transforms: names from the table (always applied in its order); all by default.
+        probability: {name: probability} that replaces the table's; ValueError for a wrong name or value.
+        table: {name: Transform}; TRANSFORMS by default.
 
     >>> chain = Chain(22050, probability={"noise": 1})
     >>> draws = chain.draw(4, torch.Generator().manual_seed(0))
@@ -517,36 +480,33 @@ class Chain:
 
     def __init__(self, sample_rate: int, transforms=None, probability: dict[str, float] | None = None, table=None):
         table = TRANSFORMS if table is None else table
-        names = list(table) if transforms is None else list(transforms)
-        probability = dict(probability or {})
+        names, probability = list(table if transforms is None else transforms), probability or {}
         for name in [*names, *probability]:
             if name not in table:
                 raise ValueError(f"expected transforms among {', '.join(table)}, got {name!r}")
-        for name, p in probability.items():
-            if not 0 <= p <= 1:
-                raise ValueError(f"expected a probability from 0 to 1 for {name}, got {p}")
+            if not 0 <= probability.get(name, 0) <= 1:
+                raise ValueError(f"expected a probability from 0 to 1 for {name}, got {probability[name]}")
         self.sample_rate = sample_rate
         self.transforms = {name: table[name] for name in table if name in names}
         self.probability = {name: probability.get(name, t.probability) for name, t in self.transforms.items()}
 
-    def draw(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Decisions and values for `batch` examples from a CPU generator: {"pitch": (B,) bool, "pitch.semitones":
         (B,) float32, ...}. Values are drawn for every example, so they do not depend on the probabilities."""
         draws = {}
         for name, transform in self.transforms.items():
             draws[name] = torch.rand(batch, generator=generator) < self.probability[name]
-            for key, draw in transform.values.items():
+            for key, (draw, _) in transform.values.items():
                 draws[f"{name}.{key}"] = draw(batch, generator)
         return draws
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, x: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """x (B, 1, T) float32 -> the same shape; x itself is not changed. Rows do not depend on each other."""
         _check(x)
         for name in self.transforms:
-            if name not in draws or draws[name].shape != x.shape[:1]:
-                came = len(draws[name]) if name in draws else "none"
-                raise ValueError(f"expected draws of {name} for {len(x)} examples, got {came}")
+            if len(draws.get(name, ())) != len(x):
+                raise ValueError(f"expected draws of {name} for {len(x)} examples, got {len(draws.get(name, ()))}")
         y = x.clone()
         for block in _blocks(len(x), x.device, 32):
             for name, transform in self.transforms.items():
@@ -560,16 +520,14 @@ class Chain:
 
 # ------------------------------------------------------------------------------------------------ listening
 
-
-def describe(chain: Chain, draws: dict[str, torch.Tensor], row: int = 0) -> list[str]:
+def describe(chain: Chain, draws: dict[str, Tensor], row: int = 0) -> list[str]:
     """One line per transform that was drawn for this row, with its values and units."""
     lines = []
-    for name, transform in chain.transforms.items():
-        values = {key: draws[f"{name}.{key}"][row].item() for key in transform.values}
-        words = [f"{key} {value:.4g} {transform.units.get(key, '')}".strip() if isinstance(value, float)
-                 else f"{key} {value}" for key, value in values.items()]
-        if draws[name][row]:
-            lines.append(f"  {name}: {', '.join(words) or 'on'}")
+    for name in (name for name in chain.transforms if draws[name][row]):
+        units = {key: unit for key, (_, unit) in chain.transforms[name].values.items()}
+        values = [(key, draws[f"{name}.{key}"][row].item(), unit) for key, unit in units.items()]
+        words = [f"{key} {value:.4g} {unit}" if unit else f"{key} {value}" for key, value, unit in values]
+        lines.append(f"  {name}: {', '.join(words) or 'on'}")
     return lines
 
 
@@ -578,24 +536,23 @@ def build_parser() -> argparse.ArgumentParser:
                                      description="Hear each augmentation alone and three full chains.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     data = parser.add_argument_group("data")
-    data.add_argument("file", metavar="FILE", type=Path, help="a recording in any format that libsndfile reads")
-    data.add_argument("--seconds", type=float, default=30.0, help="how much of the recording's beginning to use")
+    data.add_argument("file", metavar="FILE", type=Path, help="a recording, in any format that libsndfile reads")
+    data.add_argument("--seconds", type=float, default=30.0, help="of the recording's beginning to use")
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("listen"), help="folder for the wav files and the picture")
     run.add_argument("--seed", type=int, default=0, help="of the values drawn")
     return parser
 
 
-def _spectrograms(path: Path, sounds: dict[str, torch.Tensor], sample_rate: int) -> None:
+def _spectrograms(path: Path, sounds: dict[str, Tensor], sample_rate: int) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    size = 1 << round(math.log2(sample_rate * 0.046))                                    # about 46 ms
-    rows = math.ceil(len(sounds) / 3)
+    size, rows = 1 << round(math.log2(sample_rate * 0.046)), math.ceil(len(sounds) / 3)      # windows of about 46 ms
     figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
     for axis, (name, sound) in zip(axes.flat, sounds.items()):
-        power = torch.stft(sound, size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
-        level = 20 * torch.log10(power / size + 1e-6)
+        bins = torch.stft(sound, size, size // 4, window=torch.hann_window(size), return_complex=True)
+        level = 20 * torch.log10(bins.abs() / size + 1e-6)
         axis.imshow(level, origin="lower", aspect="auto", vmin=-100, vmax=-20, cmap="magma",
                     extent=(0, len(sound) / sample_rate, 0, sample_rate / 2000))
         axis.set_title(name, fontsize=10)
@@ -616,7 +573,7 @@ def main(argv: list[str] | None = None) -> int:
             sample_rate = f.samplerate
             audio = torch.from_numpy(f.read(int(args.seconds * sample_rate), dtype="float32", always_2d=True))
         x = audio.mean(1)[None, None]                                                    # (1, 1, T)
-        if not x.shape[-1]:
+        if not x.numel():
             raise ValueError(f"expected audio in {args.file}, got an empty recording")
         args.out.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(args.seed)
@@ -632,7 +589,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, sound in sounds.items():
             soundfile.write(args.out / f"{name}.wav", (sound / peak).numpy(), sample_rate)
         _spectrograms(args.out / "spectrograms.png", sounds, sample_rate)
-        print(f"{args.out / 'spectrograms.png'}: before and after")
+        print(args.out / "spectrograms.png")
     except (ValueError, OSError, soundfile.LibsndfileError) as error:
         print(f"augment.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
