@@ -87,7 +87,8 @@ def load(path, sample_rate):
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        # As bytes: a name that is not UTF-8 opens as well.
+        with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else os.fspath(path)) as file:
             rate, promised, log = file.samplerate, file.frames, file.extra_info
             # Block by block: a 40-minute stereo track in one piece would take four times the memory. (Not by
             # SoundFile.blocks, which fills up a file that ends early with whatever is in memory.)
@@ -273,7 +274,10 @@ def _published(name):
             from splits.published import READERS
         except ImportError:
             raise FileNotFoundError(f"--data {name} needs the repository's folder splits/ beside prepare.py") from None
-        return READERS[name](root, **options)
+        try:
+            return READERS[name](root, **options)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{root}: a table of {name} is not as it was published: no {error} in it") from None
     return read
 
 
@@ -333,8 +337,8 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                 except OSError as error:
                     need = partial.size / max(1, bar.n) * (len(clips) - bar.n) / 1e9
                     free = shutil.disk_usage(partial.folder).free / 1e9
-                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; about {need:.2f} GB more are needed, "
-                                  f"{free:.2f} GB are free; what is done is kept, the same command continues") from None
+                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; needs {need:.2f} GB more, "
+                                  f"has {free:.2f}; what is done is kept, the same command continues") from None
                 bar.update()
         head = {"name": out.name, "sample_rate": sample_rate, "plan": plan, "command": command}
         return None if shard else partial.seal(listing, max_skipped, head)
@@ -419,10 +423,9 @@ class Partial:
                 song, begin = songs.setdefault(clip.group or clip.id, len(songs)), 0
                 for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
                     name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / rate:.6g}"
-                    for key, value in (("length", length), ("split", SPLITS.index(clip.split)), ("group", song), ("id", name)):
-                        columns[key].append(value)
-                    for key in ("rate", "peak", "clipped"):
-                        columns[key].append(entry[key])
+                    facts = {"length": length, "split": SPLITS.index(clip.split), "group": song, "id": name, **entry}
+                    for key in ("length", "split", "group", "id", "rate", "peak", "clipped"):
+                        columns[key].append(facts[key])
                     columns["labels"] += bytes(tag in clip.tags for tag in listing.tags)
                     columns["sha256"] += bytes.fromhex(digest)
                     begin += length
@@ -629,7 +632,7 @@ class Clips:
                              f"{self.length[index[b]]} samples long")
         crops, audio, firsts = torch.empty(len(index), 1, n_samples), self.audio, (self.start[index] + start).tolist()
         for first in firsts if hasattr(mmap, "MADV_WILLNEED") else ():
-            # Ask for all pages of all crops at once: from a cold disk ten times as fast as one page fault after the other.
+            # Ask for all pages of all crops at once: from a cold disk ten times as fast as page fault after page fault.
             page = (128 + 2 * first) // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, min(128 + 2 * (first + n_samples), len(self._map)) - page)
         for row, first in zip(crops.numpy()[:, 0], firsts):

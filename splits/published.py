@@ -1,14 +1,14 @@
 """The published data sets: who is in which split with which labels, and where the files are to be had.
 
 Used by prepare.py (`python prepare.py --data mtat --root DIR [--download]`). A reader takes the folder a data set was
-unpacked into and returns a Listing; the label tables are read there as published, never copied into this repository. Only
-GTZAN's fault-filtered lists, which were published without a table, stand beside this file.
+unpacked into and returns a Listing; the label tables are read there as published, and are no part of this repository.
+Only GTZAN's fault-filtered lists, which were published without a table, stand beside this file.
 
-    name        folder must hold                                            clips (train / valid / test)
+    name        the folder holds                                            clips (train / valid / test)
     mtat        annotations_final.csv, clip_info_final.csv, mp3 folders     18,706 / 1,825 / 5,329
     gtzan       a folder per genre                                          443 / 197 / 290
     fma         fma_metadata/, fma_SUBSET/                                  medium: 19,922 / 2,505 / 2,573
-    msd         the five index files below, 30 s previews                   201,680 / 11,774 / 28,435
+    msd         the five index files named below, 30 s previews             201,680 / 11,774 / 28,435
     billboard   billboard-2.0-index.csv, the songs one owns                 all train
 """
 
@@ -39,27 +39,29 @@ def read_mtat(root, split="all"):
     Split by folder: 0-b train, c valid, d-f test. The 50 most frequent tags; `split` "all" keeps every clip, "labelled"
     those with at least one of the 50. Three mp3s are empty in every copy; they are expected and named.
     """
-    rows, info = read_table(Path(root, "annotations_final.csv"))[0], read_table(Path(root, "clip_info_final.csv"))[0]
-    tags = [name for name in rows[0] if name not in ("clip_id", "mp3_path")]
-    count = {tag: sum(row[tag] == "1" for row in rows) for tag in tags}
-    tags = sorted(tags, key=lambda tag: (-count[tag], tag))[:50]
-    songs = {row["clip_id"]: "|".join(row[key] for key in ("artist", "album", "track_number", "title")) for row in info}
-    clips = [Clip(row["mp3_path"], None, "train" if row["mp3_path"][0] in "0123456789ab" else "valid" if row["mp3_path"][0] == "c"
-                  else "test", songs[row["clip_id"]], tuple(tag for tag in tags if row[tag] == "1")) for row in rows]
-    return Listing.match([clip for clip in clips if split == "all" or clip.tags], audio_files(root, lambda path: path.parts[-2:]),
-                         lambda clip: tuple(clip.id.split("/")), task="multilabel", tags=tags, split_name=f"mtat, {split} clips",
-                         published=(18706, 1825, 5329) if split == "all" else (15247, 1529, 4332),
-                         broken=[row["mp3_path"] for row in rows if row["clip_id"] in ("35644", "55753", "57881")])
+    rows, columns = read_table(Path(root, "annotations_final.csv"))
+    count = {tag: sum(row[tag] == "1" for row in rows) for tag in columns if tag not in ("clip_id", "mp3_path")}
+    tags = sorted(count, key=lambda tag: (-count[tag], tag))[:50]
+    songs = {row["clip_id"]: "|".join(row[key] for key in ("artist", "album", "track_number", "title"))
+             for row in read_table(Path(root, "clip_info_final.csv"))[0]}
+    place = {**dict.fromkeys("0123456789ab", "train"), "c": "valid", **dict.fromkeys("def", "test")}
+    clips = [Clip(row["mp3_path"], None, place[row["mp3_path"][0]], songs[row["clip_id"]],
+                  tuple(tag for tag in tags if row[tag] == "1")) for row in rows]
+    empty = [row["mp3_path"] for row in rows if row["clip_id"] in ("35644", "55753", "57881")]
+    return Listing.match([clip for clip in clips if split == "all" or clip.tags],
+                         audio_files(root, lambda path: path.parts[-2:]), lambda clip: tuple(clip.id.split("/")),
+                         task="multilabel", tags=tags, split_name=f"mtat, {split} clips", broken=empty,
+                         published=(18706, 1825, 5329) if split == "all" else (15247, 1529, 4332))
 
 
 def read_gtzan(root):
     """GTZAN: a folder per genre, any format; the fault-filtered split, whose lists stand in splits/gtzan."""
-    clips = []
-    for split in SPLITS:
-        for line in (HERE / "gtzan" / f"{split}_filtered.txt").read_text().split():
-            clips.append(Clip(Path(line).stem, None, split, tags=(Path(line).parent.name,)))
-    return Listing.match(clips, audio_files(root, lambda path: path.stem), task="singlelabel", split_name="gtzan, fault-filtered",
-                         tags=sorted({clip.tags[0] for clip in clips}), published=(443, 197, 290), broken=["jazz.00054"])
+    lines = [(split, Path(line)) for split in SPLITS
+             for line in (HERE / "gtzan" / f"{split}_filtered.txt").read_text().split()]
+    clips = [Clip(path.stem, None, split, tags=(path.parent.name,)) for split, path in lines]
+    return Listing.match(clips, audio_files(root, lambda path: path.stem), task="singlelabel",
+                         tags=sorted({clip.tags[0] for clip in clips}), split_name="gtzan, fault-filtered",
+                         published=(443, 197, 290), broken=["jazz.00054"])
 
 
 def read_fma(root, subset="medium"):
@@ -68,71 +70,88 @@ def read_fma(root, subset="medium"):
     small and medium have one top-level genre per track (single label), large and full any number (multi-label).
     """
     sizes = ("small", "medium", "large", "full")
-    table = next((path for path in (Path(root, "fma_metadata"), Path(root)) if (path / "tracks.csv").exists()), Path(root, "fma_metadata"))
-    genres = {row["genre_id"]: row for row in read_table(table / "genres.csv")[0]}
+    wanted, single = sizes[: sizes.index(subset) + 1], subset in ("small", "medium")
+    tables = Path(root) if Path(root, "tracks.csv").exists() else Path(root, "fma_metadata")
+    genres = {row["genre_id"]: row for row in read_table(tables / "genres.csv")[0]}
+    place = {"training": "train", "validation": "valid", "test": "test"}
     clips = []
-    for row in read_table(table / "tracks.csv", headers=2)[0]:
-        if row["set.subset"] not in sizes or sizes.index(row["set.subset"]) > sizes.index(subset):
-            continue  # the third header line has no subset
-        top = {genres[genres[g]["top_level"]]["title"] for g in re.findall(r"\d+", row["track.genres_all"]) if g in genres}
-        tags = (row["track.genre_top"],) if subset in ("small", "medium") else tuple(sorted(top))
-        clips.append(Clip(f"{int(row['.']):06d}", None, {"training": "train", "validation": "valid"}.get(row["set.split"], "test"), tags=tags))
-    published = {"small": (6400, 800, 800), "medium": (19922, 2505, 2573)}.get(subset)
+    for row in read_table(tables / "tracks.csv", headers=2)[0]:
+        if row["set.subset"] in wanted:  # the third header line has no subset
+            ids = re.findall(r"\d+", row["track.genres_all"])
+            top = {genres[genres[g]["top_level"]]["title"] for g in ids if g in genres}
+            tags = (row["track.genre_top"],) if single else tuple(sorted(top))
+            clips.append(Clip(f"{int(row['.']):06d}", None, place[row["set.split"]], tags=tags))
     audio = Path(root, f"fma_{subset}")
-    return Listing.match(clips, audio_files(audio if audio.exists() else root, lambda path: path.stem), published=published,
-                         task="singlelabel" if subset in ("small", "medium") else "multilabel", split_name=f"fma {subset}, official",
-                         tags=sorted({tag for clip in clips for tag in clip.tags}), broken=["099134", "108925", "133297"])
+    return Listing.match(clips, audio_files(audio if audio.exists() else root, lambda path: path.stem),
+                         task="singlelabel" if single else "multilabel", split_name=f"fma {subset}, official",
+                         published={"small": (6400, 800, 800), "medium": (19922, 2505, 2573)}.get(subset),
+                         tags=sorted({tag for clip in clips for tag in clip.tags}),
+                         broken=["099134", "108925", "133297"])
 
 
 class _Plain(pickle.Unpickler):
     """Reads numbers, strings, containers and numpy arrays, and nothing that could run code."""
 
     def find_class(self, module, name):
-        if (module.split(".")[0], name) not in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of songs")
-        return super().find_class(module, name)
+        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+                                            ("_codecs", "encode")}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of songs")
 
 
 def read_msd(root):
-    """Million Song Dataset: 30 s previews named by track id (TRAAAAW128F429D538.mp3) or by 7digital id, anywhere below root.
+    """Million Song Dataset: 30 s previews named by track id (TRAAAAW128F429D538.mp3) or 7digital id, anywhere in root.
 
     The index is the one the field shares: filtered_list_train.cP (its first 201,680 are train, the rest valid),
-    filtered_list_test.cP, msd_id_to_tag_vector.cP and 50tagList.txt (Last.FM); for 7digital names MSD_id_to_7D_id.pkl.
+    filtered_list_test.cP, msd_id_to_tag_vector.cP, 50tagList.txt (Last.FM), and for 7digital names MSD_id_to_7D_id.pkl.
     """
     def plain(name):
         try:
             with open(Path(root, name), "rb") as file:
                 return _Plain(file, encoding="bytes").load()
-        except (pickle.UnpicklingError, EOFError, IndexError, KeyError) as error:
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{Path(root, name)}: expected this list, but it is not there") from None
+        except (pickle.UnpicklingError, EOFError, IndexError, KeyError, ValueError) as error:
             raise ValueError(f"{Path(root, name)}: expected a pickled list or dict: {error}") from None
-    text = lambda value: value.decode() if isinstance(value, bytes) else str(value)
-    names = [text(tag).strip().lower() for tag in Path(root, "50tagList.txt").read_text().splitlines() if tag.strip()]
-    train, test, vectors = plain("filtered_list_train.cP"), plain("filtered_list_test.cP"), plain("msd_id_to_tag_vector.cP")
-    seven = {text(k): text(v) for k, v in plain("MSD_id_to_7D_id.pkl").items()} if Path(root, "MSD_id_to_7D_id.pkl").exists() else {}
-    files = audio_files(root, lambda path: path.name.split(".")[0])
+
+    def text(value):
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+    train, test, vectors = map(plain, ("filtered_list_train.cP", "filtered_list_test.cP", "msd_id_to_tag_vector.cP"))
+    seven = plain("MSD_id_to_7D_id.pkl") if Path(root, "MSD_id_to_7D_id.pkl").exists() else {}
+    seven = {text(song): text(number) for song, number in seven.items()}
+    tags = [line.strip().lower() for line in Path(root, "50tagList.txt").read_text().splitlines() if line.strip()]
     clips = []
-    for n, (song, split) in enumerate([(s, "train") for s in train] + [(s, "test") for s in test]):
-        tags = tuple(tag for tag, on in zip(names, np.asarray(vectors[song]).reshape(-1)) if on)
-        clips.append(Clip(text(song), None, "valid" if 201680 <= n < len(train) else split, tags=tags))
-    return Listing.match(clips, files, lambda clip: clip.id if clip.id in files else seven.get(clip.id), task="multilabel", tags=names,
-                         split_name="msd, Last.FM top 50", published=(201680, 11774, 28435))
+    for n, song in enumerate([*train, *test]):
+        split = "train" if n < 201680 else "valid" if n < len(train) else "test"
+        on = np.flatnonzero(np.asarray(vectors[song]).reshape(-1))
+        clips.append(Clip(text(song), None, split, tags=tuple(tags[k] for k in on)))
+    files = audio_files(root, lambda path: path.name.split(".")[0])
+    return Listing.match(clips, files, lambda clip: clip.id if clip.id in files else seven.get(clip.id),
+                         task="multilabel", tags=tags, split_name="msd, Last.FM top 50", published=(201680, 11774, 28435))
 
 
 def read_billboard(root):
-    """McGill Billboard: billboard-2.0-index.csv, and the songs one owns, named by index number (0003.mp3, 0003/song.flac) or
-    "Artist - Title"; songs not owned are no loss. Pre-training only: no labels, all train."""
-    plain = lambda text: re.sub(r"[\W_]", "", text.lower())
-    files = audio_files(root, lambda path: plain(path.stem) if not path.parts[0].split(".")[0].isdigit() else int(path.parts[0].split(".")[0]))
-    clips, number = {}, len(files)
+    """McGill Billboard: billboard-2.0-index.csv and the songs one owns, named by number (0003.mp3, 0003/song.flac) or
+    "Artist - Title"; a song not owned is no loss. For pre-training: no labels, all train."""
+    def letters(text):
+        return re.sub(r"[\W_]", "", text.lower())
+
+    def key(path):
+        number = path.parts[0].split(".")[0]
+        return int(number) if number.isdigit() else letters(path.stem)
+
+    files, clips = audio_files(root, key), {}
     for row in read_table(Path(root, "billboard-2.0-index.csv"))[0]:
-        name = plain(row["artist"] + row["title"])
-        key = next((key for key in (int(row["id"]), name) if key in files), None)
-        if name and key is not None and name not in clips:  # a song may have been in the charts of several weeks
-            clips[name] = Clip(f"{int(row['id']):04d}", files.pop(key), group=name)
+        name = letters(row["artist"] + row["title"])
+        found = next((key for key in (int(row["id"]), name) if key in files), None)
+        if name and found is not None and name not in clips:  # a song may have been in the charts of several weeks
+            clips[name] = Clip(f"{int(row['id']):04d}", files.pop(found), group=name)
     if not clips:
-        raise FileNotFoundError(f"{root}: none of its {number} files is named by a number or an `Artist - Title` of the index")
+        raise FileNotFoundError(f"{root}: no file is named by a number of the index, or as `Artist - Title`")
+    reason = "no row in billboard-2.0-index.csv, or its song a second time"
     return Listing(clips.values(), split_name="billboard, all train",
-                   skipped=[{"file": str(path), "reason": "no row in billboard-2.0-index.csv, or its song a second time"} for path in files.values()])
+                   skipped=[{"file": str(path.relative_to(root)), "reason": reason} for path in files.values()])
 
 
 READERS = {"billboard": read_billboard, "fma": read_fma, "gtzan": read_gtzan, "msd": read_msd, "mtat": read_mtat}
@@ -143,18 +162,20 @@ READERS = {"billboard": read_billboard, "fma": read_fma, "gtzan": read_gtzan, "m
 MTAT, FMA = "https://mirg.city.ac.uk/datasets/magnatagatune/", "https://os.unil.cloud.switch.ch/fma/"
 # data set -> [(file, checksum as published or "", addresses to try)]; {subset} is fma's
 DOWNLOADS = {
-    "mtat": [("annotations_final.csv", "sha256:99b94e95825d4fa576386a5367b9c96e0ec636e9f9c240aceb492f4728f68c3c", [MTAT]),
+    "mtat": [("annotations_final.csv",
+              "sha256:99b94e95825d4fa576386a5367b9c96e0ec636e9f9c240aceb492f4728f68c3c", [MTAT]),
              ("clip_info_final.csv", "", [MTAT]), *((f"mp3.zip.00{k}", "", [MTAT]) for k in (1, 2, 3))],
     "gtzan": [("genres.tar.gz", "sha256:24347e0223d2ba798e0a558c4c172d9d4a19c00bb7963fe055d183dadb4ef2c6",
                ["http://opihi.cs.uvic.ca/sound/", "https://huggingface.co/datasets/marsyas/gtzan/resolve/main/data/"])],
-    "fma": [("fma_metadata.zip", "sha1:f0df49ffe5f2a6008d7dc83c6915b31835dfe733", [FMA]), ("fma_{subset}.zip", "{subset}", [FMA])],
+    "fma": [("fma_metadata.zip", "sha1:f0df49ffe5f2a6008d7dc83c6915b31835dfe733", [FMA]),
+            ("fma_{subset}.zip", "{subset}", [FMA])],
 }
 FMA_SHA1 = {"small": "ade154f733639d52e35e32f5593efe5be76c6d70", "medium": "c67b69ea232021025fca9231fc1c7c1a063ab50b",
             "large": "497109f4dd721066b5ce5e5f250ec604dc78939e", "full": "0f0ace23fbe9ba30ecb7e95f763e435ea802b8ab"}
 
 
 def fetch(data, root, subset="medium", pause=2.0):
-    """Download and unpack what a data set lacks in `root`. Interrupted, it continues; nothing half-written gets a final name.
+    """Download and unpack what a data set lacks in `root`; interrupted, it continues, and leaves nothing half-written.
 
     Raises ValueError when the data set is not public, OSError when an address fails or a checksum does not fit.
     """
@@ -225,10 +246,11 @@ def download(addresses, path, checksum="", tries=5, pause=2.0):
         have = part.stat().st_size if part.exists() else 0
         try:
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
-                size = file.tell() + int(answer.headers["Content-Length"] or 0)
-                with tqdm.wrapattr(file, "write", initial=file.tell(), total=size, desc=path.name, unit="B", unit_scale=True) as sink:
-                    shutil.copyfileobj(answer, sink, 1 << 20)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                with open(part, "ab" if answer.status == 206 else "wb") as file:
+                    size = file.tell() + int(answer.headers["Content-Length"] or 0)
+                    with tqdm.wrapattr(file, "write", initial=file.tell(), total=size, desc=path.name) as sink:
+                        shutil.copyfileobj(answer, sink, 1 << 20)
             if part.stat().st_size < size:
                 raise OSError(f"the connection was lost after {part.stat().st_size:,} of {size:,} bytes")
             kind, _, digest = checksum.partition(":")
@@ -246,5 +268,5 @@ def download(addresses, path, checksum="", tries=5, pause=2.0):
             wrong = f"{address}: {error}"
         if n + 1 < max(tries, len(addresses)):
             time.sleep(pause * min(n + 1, 10))
-    raise OSError(f"{path.name} was not downloaded; the last of {max(tries, len(addresses))} tries: {wrong}; what has arrived is kept, "
-                  "the same command continues")
+    raise OSError(f"{path.name} was not downloaded; the last of {max(tries, len(addresses))} tries: {wrong}; what has "
+                  "arrived is kept, the same command continues")
