@@ -284,7 +284,7 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
                     bias = (conv.bias.double() - norm.running_mean.double()) * scale + norm.bias.double()
                     conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
                     conv.bias.copy_(bias)
-                setattr(parent, name, nn.Sequential(conv, *list(block)[2:]))
+                setattr(parent, name, nn.Sequential(conv, *block[2:]))
     return encoder.to(memory_format=torch.channels_last)
 
 
@@ -294,7 +294,7 @@ FORMAT = "clmr-encoder-1"
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """sha256 over names, shapes and values of all parameters and buffers: the identity of an encoder."""
+    """sha256 over names, shapes and values of all parameters and buffers: an encoder's identity."""
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)} {value.dtype};".encode())
@@ -487,10 +487,14 @@ def _finish_export(path, sidecar, pairs):
     return sidecar
 
 
+def versions() -> dict:
+    """Versions that explain a number."""
+    return {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+
+
 def _sidecar(encoder, module, sample_rate, out_dim, tags, task, info):
-    versions = {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
     return {"sample_rate": int(sample_rate), "input_samples": encoder.input_samples, "out_dim": out_dim, "tags": list(tags), "task": task,
-            "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions, "sha256": weights_sha256(module), **(info or {})}
+            "encoder": encoder.name, "sizes": encoder.sizes, "versions": versions(), "sha256": weights_sha256(module), **(info or {})}
 
 
 def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, tags=(), task="none", info=None) -> dict:
