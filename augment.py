@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-BLOCK = 8                   # rows worked on at once on a CPU, so that the temporaries stay in the cache
+BLOCK = 16                  # rows worked on at once on a CPU, so that the temporaries stay in the cache
 
 
 def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
@@ -134,7 +134,7 @@ def _gaussian(seed: Tensor, n: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ filters
 
-FILTER_BLOCK = 64           # samples
+FILTER_BLOCK = 32           # samples
 
 
 def low_pass(x: Tensor, cutoff_hz: Tensor, sample_rate: int) -> Tensor:
@@ -203,7 +203,7 @@ SEGMENT = 0.050             # s from one splice to the next
 FADE = 0.010                # s of cross-fade at a splice
 SEARCH = 0.0075             # s either way that a segment may move to match the one before it: a period down to 67 Hz
 DRIFT = 0.035               # s off its own time at most that a segment may run on without a splice, to spare an attack
-TAPS = 32                   # of the interpolator, which sets how near to half the sample rate it can read
+TAPS, SHORT_TAPS = 32, 12   # of the interpolator: how near to half the sample rate it can read; while searching
 BAND_UP, BAND_DOWN = 0.91, 0.97     # of half the sample rate is kept; images of what is below 0.91 are 50 dB down
 GROUP = 32                  # outputs that the interpolator computes in one matrix product
 ATTACK_BLOCK = 16           # samples, the resolution of the attacks
@@ -247,7 +247,7 @@ def _overlap_add(x: Tensor, ratio: Tensor, sample_rate: int) -> Tensor:
     ratio, start = ratio.to(x.device), late.to(x.device) + front
     starts = _starts(padded, front, start, ratio, segments, sample_rate)
     pieces = x.new_empty(len(x), segments, length)
-    for rows in _blocks(len(x), x.device, BLOCK // 2):
+    for rows in _blocks(len(x), x.device, BLOCK // 4):
         pieces[rows] = _read_segments(padded[rows], starts[rows], ratio[rows], length)
     fade_in = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
     pieces[:, 1:, :fade] = torch.lerp(pieces[:, :-1, hop:], pieces[:, 1:, :fade], fade_in)
@@ -266,12 +266,13 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     # of all candidates of all segments: 1 / sqrt(energy), from running sums, and the attacks before and up to their end
     around = padded.as_strided((batch, segments - 1, lags + fade), (padded.stride(0), hop, 1), first + hop)
     power = pad(around.square().cumsum(2), (1, 0))
-    scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()      # (B, S - 1, lags)
+    scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
+    scale = scale.view(batch, segments - 1, count, phases)
     attacks = _attacks(padded, sample_rate)
-    blocks = (first + hop * torch.arange(1, segments, device=device)[:, None] + torch.arange(lags, device=device))
-    before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade) // ATTACK_BLOCK + 1]
-    far = 1e-5 * (torch.arange(lags, device=device) / search - 1).square()     # between equals, the nearer to its time
-    continued = padded.unfold(1, fade + TAPS - 1, 1)
+    blocks = (torch.arange(hop, segments * hop, hop)[:, None] + torch.arange(first, first + lags, phases)).to(device)
+    before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade + phases) // ATTACK_BLOCK + 1]
+    far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()   # settles ties
+    continued = padded.unfold(1, fade + SHORT_TAPS - 1, 1)
     template = padded.new_zeros(batch, fade + 2 * (phases - 1))
     starts = [start]
     for s in range(1, segments):
@@ -279,21 +280,22 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
         ahead = start + hop * ratio
         whole = ahead.floor().long()
-        kernel = _kernel((ahead - whole).float(), device)[:, None]                             # (B, 1, TAPS)
-        near = continued[row, whole - (TAPS // 2 - 1)]                                         # (B, fade + TAPS - 1)
-        template[:, phases - 1:1 - phases] = torch.bmm(kernel, near.unfold(1, fade, 1).contiguous())[:, 0]
+        kernel = _kernel((ahead - whole).float(), SHORT_TAPS)[:, None]                         # (B, 1, SHORT_TAPS)
+        near = continued[row, whole - (SHORT_TAPS // 2 - 1)].unfold(1, fade, 1).contiguous()   # (B, SHORT_TAPS, fade)
+        next_up = torch.bmm(kernel, near)[:, 0]                                                # (B, fade)
+        template[:, phases - 1:1 - phases] = next_up * next_up.square().sum(1, keepdim=True).clamp_min_(1e-8).rsqrt_()
         # the product with the input at lag phases q + p is one small matrix product: the input from phases q on, times
         # the template moved by p; a view can only move it the other way, so p runs backwards
         room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), own).contiguous()
-        match = torch.bmm(room, template.unfold(1, width, 1).contiguous().transpose(1, 2)).flip(2).flatten(1)
-        level = template.square().sum(1, keepdim=True).clamp_min_(1e-8).sqrt_()
+        moved = template.unfold(1, width, 1).contiguous().transpose(1, 2)                      # (B, width, phases)
+        match = torch.bmm(room, moved).flip(2)                                                 # (B, count, phases)
         # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice
-        block = whole[:, None] // ATTACK_BLOCK
-        heard, coming = attacks.gather(1, block), attacks.gather(1, block + fade // ATTACK_BLOCK + 2)
-        cut = torch.maximum(until[:, s - 1], coming).sub_(torch.minimum(before[:, s - 1], heard))      # (B, lags)
-        lag = torch.addcmul((cut + far).mul_(level), match, scale[:, s - 1], value=-1).argmin(1)
-        hold = (cut[row, lag] > 0.2) & ((whole - own - search).abs() < DRIFT * sample_rate)    # no splice this time
-        start = torch.where(hold, ahead.round().long(), lag + own)
+        block = whole[:, None] // ATTACK_BLOCK                # a block of margin, so that going straight on is cheapest
+        heard, coming = attacks.gather(1, block - 1), attacks.gather(1, block + fade // ATTACK_BLOCK + 3)
+        cut = torch.maximum(until[:, s - 1], coming).sub_(torch.minimum(before[:, s - 1], heard))      # (B, count)
+        lag = torch.addcmul(cut[:, :, None] + far, match, scale[:, s - 1], value=-1).flatten(1).argmin(1)
+        hold = (cut[row, lag // phases] > 0.2) & ((whole - own - search).abs() < DRIFT * sample_rate)
+        start = torch.where(hold, ahead.round().long(), lag + own)                             # hold: no splice here
         starts.append(start)
     return torch.stack(starts, 1)
 
@@ -317,7 +319,7 @@ def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int) -
     span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
     position = torch.arange(groups * GROUP, device=padded.device) * ratio[:, None]             # (B, K G) float64
     whole = position.floor().long()
-    kernel = _kernel((position - whole).float(), padded.device)                                # (B, K G, TAPS)
+    kernel = _kernel((position - whole).float(), TAPS)                                         # (B, K G, TAPS)
     whole = whole.view(batch, groups, GROUP)
     base = whole[:, :, :1]                                                                     # (B, K, 1)
     column = (whole - base)[..., None] + torch.arange(TAPS, device=padded.device)              # (B, K, G, TAPS)
@@ -329,18 +331,16 @@ def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int) -
     return pieces.view(batch, groups, segments, GROUP).transpose(1, 2).flatten(2)[:, :, :length]
 
 
-def _kernel(fraction: Tensor, device: torch.device) -> Tensor:
-    """Weights (..., TAPS) that read a signal `fraction` after a sample: sinc under a Kaiser window."""
-    table = _kernel_table(device)
+def _kernel(fraction: Tensor, taps: int) -> Tensor:
+    """Weights (..., taps) that read a signal `fraction` after a sample: sinc under a Kaiser window."""
+    table = _kernel_table(taps, fraction.device)
     return table[(fraction * (len(table) - 1)).round().long()]
 
 
-@lru_cache(maxsize=4)
-def _kernel_table(device: torch.device, fractions: int = 2048) -> Tensor:
-    fraction = torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
-    t = torch.arange(TAPS, dtype=torch.float64) - (TAPS // 2 - 1) - fraction
-    window = torch.special.i0(4.5 * (1 - (t / (TAPS / 2)).square()).clamp_min(0).sqrt())
-    weights = torch.sinc(t) * window
+@lru_cache(maxsize=8)
+def _kernel_table(taps: int, device: torch.device, fractions: int = 2048) -> Tensor:
+    t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
+    weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
     return (weights / weights.sum(1, keepdim=True)).float().to(device)
 
 
@@ -508,7 +508,7 @@ class Chain:
             if len(draws.get(name, ())) != len(x):
                 raise ValueError(f"expected draws of {name} for {len(x)} examples, got {len(draws.get(name, ()))}")
         y = x.clone()
-        for block in _blocks(len(x), x.device, 32):
+        for block in _blocks(len(x), x.device, 4 * BLOCK):
             for name, transform in self.transforms.items():
                 rows = draws[name][block].nonzero().flatten() + block.start
                 if len(rows):
