@@ -1,16 +1,18 @@
 """Speed of the augmentation chain beside the libraries people use, and the quality of the pitch shift.
 
     python bench/augment.py --rounds 1 --seconds 0.3 --only ours                          # a quick look
-    python bench/augment.py --make-peers ~/peers --out results/augment.json               # installs the peers, all of it
-    python bench/augment.py --peers ~/peers --clips FOLDER --out results/augment.json     # with the quality on real music
+    python bench/augment.py --make-peers ~/peers --out results/augment.json            # installs the peers, measures
+    python bench/augment.py --peers ~/peers --clips FOLDER --out results/augment.json  # and the quality on real music
 
 The peers live in an environment of their own (torch 2.8, the last with a fast sox), never in this project's; one that
-does not install or run is named in the JSON with its reason (the released code's sox: apt-get install libsox-dev). Each library runs in its own process, pinned to one core, one
-thread; the rounds go A B C A B C ..., and medians over the rounds are reported, in views (59,049 samples) per second
-of wall time. `busy` is CPU time over wall time: well below 1, the core was shared and the figure is too low.
+does not install or run is named in the JSON with its reason (the released code's sox: apt-get install libsox-dev). Each
+library runs in its own process, pinned to one core, one thread; the rounds go A B C A B C ..., and medians over the
+rounds are reported, in views (59,049 samples) per second of wall time. `busy` is CPU time over wall time: well below 1,
+the core was shared and the figure is too low.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -26,8 +28,9 @@ from pathlib import Path
 
 SAMPLE_RATE, SAMPLES = 22050, 59049
 RELEASED = {"polarity": 0.8, "noise": 0.01, "gain": 0.3, "filter": 0.8, "delay": 0.3, "pitch": 0.6, "reverb": 0.6}
-PEERS = {"released": ["wavaugment", "torchaudio-augmentations==0.2.4"], "torch-audiomentations": ["torch-audiomentations"],
-         "audiomentations": ["audiomentations"], "pedalboard": ["pedalboard"]}
+PEERS = {"released": ["wavaugment", "torchaudio-augmentations==0.2.4"],
+         "torch-audiomentations": ["torch-audiomentations"], "audiomentations": ["audiomentations"],
+         "pedalboard": ["pedalboard"]}
 BATCH = 64
 
 # ------------------------------------------------------------------------------- what each library runs, in its process
@@ -58,8 +61,9 @@ def released() -> dict:
     def each(transform):
         return lambda x: torch.stack([transform(row) for row in x])
 
-    alone = {"polarity": t.PolarityInversion(), "noise": t.Noise(), "gain": t.Gain(), "filter": t.HighLowPass(SAMPLE_RATE),
-             "delay": t.Delay(SAMPLE_RATE), "pitch": t.PitchShift(SAMPLES, SAMPLE_RATE, -5, 5), "reverb": t.Reverb(SAMPLE_RATE)}
+    alone = {"polarity": t.PolarityInversion(), "noise": t.Noise(), "gain": t.Gain(),
+             "filter": t.HighLowPass(SAMPLE_RATE), "delay": t.Delay(SAMPLE_RATE),
+             "pitch": t.PitchShift(SAMPLES, SAMPLE_RATE, -5, 5), "reverb": t.Reverb(SAMPLE_RATE)}
     chain = t.Compose([t.RandomApply([alone[name]], p=p) for name, p in RELEASED.items()])
     return {"chain": each(chain)} | {name: each(transform) for name, transform in alone.items()}
 
@@ -70,7 +74,8 @@ def torch_audiomentations() -> dict:
 
     common = {"sample_rate": SAMPLE_RATE, "output_type": "tensor"}
     kinds = {"polarity": (t.PolarityInversion, {}),
-             "noise": (t.AddColoredNoise, {"min_snr_in_db": 80, "max_snr_in_db": 80, "min_f_decay": 0, "max_f_decay": 0}),
+             "noise": (t.AddColoredNoise, {"min_snr_in_db": 80, "max_snr_in_db": 80, "min_f_decay": 0,
+                                           "max_f_decay": 0}),
              "gain": (t.Gain, {"min_gain_in_db": -6, "max_gain_in_db": 0}),
              "low-pass": (t.LowPassFilter, {"min_cutoff_freq": 2200, "max_cutoff_freq": 4000}),
              "high-pass": (t.HighPassFilter, {"min_cutoff_freq": 200, "max_cutoff_freq": 1200}),
@@ -82,9 +87,10 @@ def torch_audiomentations() -> dict:
         kind, options = kinds[name]
         return kind(p=p, **options, **common)
 
-    chain = t.Compose([make(name, p) for name, p in RELEASED.items() if name in (*kinds, "filter")], output_type="tensor")
-    alone = {name: make(name, 1.0) for name in ("polarity", "noise", "gain", "filter", "pitch")}
-    return {name: lambda x, f=f: f(x.clone(), sample_rate=SAMPLE_RATE) for name, f in ({"chain": chain} | alone).items()}
+    names = ("polarity", "noise", "gain", "filter", "pitch")
+    chain = t.Compose([make(name, RELEASED[name]) for name in names], output_type="tensor")
+    transforms = {"chain": chain} | {name: make(name, 1.0) for name in names}
+    return {name: lambda x, f=f: f(x.clone(), sample_rate=SAMPLE_RATE) for name, f in transforms.items()}
 
 
 def audiomentations() -> dict:
@@ -143,6 +149,12 @@ LIBRARIES = {"ours": ours, "released": released, "torch-audiomentations": torch_
              "audiomentations": audiomentations, "pedalboard": pedalboard}
 
 
+def keep_freed_blocks() -> None:
+    """As the training does: glibc keeps what is freed (M_MMAP_MAX 0, M_TRIM_THRESHOLD -1), or page faults dominate."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+
+
 def worker(library: str) -> int:
     """Answer {"task", "batch", "seconds"} lines on stdin with {"views_per_s", "busy"} lines on stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr               # libraries that print must not garble the answers
@@ -153,17 +165,15 @@ def worker(library: str) -> int:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if library == "ours":                                      # as the training does: glibc keeps freed blocks
-        import ctypes
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+    if library == "ours":
+        keep_freed_blocks()
     tasks = LIBRARIES[library]()
     audio = 0.1 * torch.randn(192, 1, SAMPLES, generator=torch.Generator().manual_seed(0))
     print(json.dumps(sorted(tasks)), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         x = audio[:request["batch"]]
-        tasks[request["task"]](x)
+        tasks[request["task"]](x[:8])                          # warm
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         wall, cpu, views = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - wall < request["seconds"]:
@@ -227,8 +237,9 @@ def speeds(libraries: dict[str, str], rounds: int, seconds: float) -> tuple[dict
                     processes[library], _ = start(library, libraries[library])
         table[task] = {library: median(rows) for library, rows in answers.items()}
         print(task, {library: row["views_per_s"] for library, row in table[task].items()}, flush=True)
-    sizes = {batch: [ask(processes["ours"], "chain", seconds, batch) for _ in range(rounds)] for batch in (1, BATCH, 192)}
-    table["chain by batch"] = {f"ours, {batch}": median(rows) for batch, rows in sizes.items()}
+    table["chain by batch"] = {
+        f"ours, {batch}": median([ask(processes["ours"], "chain", seconds, batch) for _ in range(rounds)])
+        for batch in (1, BATCH, 192)}
     for process in processes.values():
         process.stdin.close()
         process.wait()
@@ -248,6 +259,7 @@ def limits() -> dict:
     """What one core of this machine can do at best: copy, and the FFTs that pitch shift and reverb cannot avoid."""
     import torch
     torch.set_num_threads(1)
+    keep_freed_blocks()
 
     def best(f, n: int = 20) -> float:
         times = []
@@ -272,7 +284,8 @@ def distance(chain_views_per_s: float, limit: dict) -> dict:
     pairs = RELEASED["pitch"] + RELEASED["reverb"]
     passes = sum(RELEASED.values())
     return limit | {"fft_pairs_per_view": pairs, "bytes_per_view": round(passes * SAMPLES * 8),
-                    "share_of_time_at_fft_limit": round(chain_views_per_s * pairs / limit["fft_pairs_of_2^16_per_s"], 3),
+                    "share_of_time_at_fft_limit": round(
+                        chain_views_per_s * pairs / limit["fft_pairs_of_2^16_per_s"], 3),
                     "share_of_time_at_copy_limit": round(
                         chain_views_per_s * passes * SAMPLES * 8 / (limit["copy_gb_per_s"] * 1e9), 3)}
 
@@ -293,7 +306,7 @@ def log_spectral_distance(a, b) -> float:
 
 
 def pitch_quality(folder: Path, clips: int, semitones: tuple[float, ...]) -> dict:
-    """Mean log-spectral distance to Rubber Band (its finer engine) of ours, torchaudio's and sox's, on crops of 10 s."""
+    """Mean log-spectral distance to Rubber Band (its finer engine) of ours, torchaudio's and sox's, on crops of 6 s."""
     import soundfile
     import torch
     import torchaudio
@@ -312,8 +325,8 @@ def pitch_quality(folder: Path, clips: int, semitones: tuple[float, ...]) -> dic
         for file in files:
             audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
             x = torch.from_numpy(audio).mean(1)
-            middle = max(0, len(x) // 2 - 5 * rate)
-            x = 0.7 * x[middle:middle + 10 * rate]
+            middle = max(0, len(x) // 2 - 3 * rate)
+            x = 0.7 * x[middle:middle + 6 * rate]
             soundfile.write(source, x.numpy(), rate, subtype="FLOAT")
             for s in semitones:
                 def program(*command):
@@ -352,15 +365,16 @@ def make_peers(folder: Path) -> dict[str, str]:
 
 
 def versions(python: str) -> dict[str, str]:
-    names = ["torch", "torchaudio", "torchaudio-augmentations", "wavaugment", "torch-audiomentations", "audiomentations",
-             "pedalboard", "numpy"]
+    names = ["torch", "torchaudio", "torchaudio-augmentations", "wavaugment", "torch-audiomentations",
+             "audiomentations", "pedalboard", "numpy"]
     code = ("import importlib.metadata as m, json\nv = {}\nfor n in %r:\n    try: v[n] = m.version(n)\n"
             "    except m.PackageNotFoundError: pass\nprint(json.dumps(v))" % names)
     return json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def machine() -> dict:
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(), "used": "one core, pinned",
             "system": platform.platform(), "python": platform.python_version()}
 
@@ -372,7 +386,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--make-peers", type=Path, metavar="DIR", help="make that environment first")
     parser.add_argument("--only", choices=["ours"], help="measure only this library")
     parser.add_argument("--clips", type=Path, help="folder of recordings for the quality of the pitch shift")
-    parser.add_argument("--n-clips", type=int, default=40, help="how many of them")
+    parser.add_argument("--n-clips", type=int, default=20, help="how many of them")
     parser.add_argument("--rounds", type=int, default=5, help="of A B C ...")
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
     parser.add_argument("--out", type=Path, help="JSON to write; parts not measured this time are kept from it")
@@ -400,18 +414,20 @@ def main(argv: list[str] | None = None) -> int:
             others = {name: figures["views_per_s"] for name, figures in row.items() if not name.startswith("ours")}
             if others:
                 fastest = max(others, key=others.get)
-                ratios[task] = {"fastest_peer": fastest, "ours_over_it": round(row["ours"]["views_per_s"] / others[fastest], 2)}
+                ratios[task] = {"fastest_peer": fastest,
+                                "ours_over_it": round(row["ours"]["views_per_s"] / others[fastest], 2)}
         result["speed"] = {
             "command": command, "machine": machine(), "versions": {"ours": versions(sys.executable)} | (
                 {"peers": versions(str(peers / "bin" / "python"))} if peers else {}),
-            "what": f"views of {SAMPLES} samples per second on one core, batch {BATCH}, medians of {args.rounds} rounds",
+            "what": f"views of {SAMPLES} samples a second on one core, batch {BATCH}, medians of {args.rounds} rounds",
             "probabilities_of_chain": RELEASED, "views_per_s": table, "against_the_fastest_peer": ratios,
             "peers_without_delay_and_reverb": ["torch-audiomentations", "audiomentations"],
             "did_not_run": failed | broken, "peak_mib_per_view_beyond_the_libraries": memory(sys.executable),
             "limits": distance(table["chain"]["ours"]["views_per_s"], limit),
             "gpu": "not measured: none at hand"}
     if args.clips:
-        result["pitch_quality"] = {"command": command} | pitch_quality(args.clips, args.n_clips, (-5.0, -2.5, -1.0, 1.0, 2.5, 5.0))
+        shifts = (-5.0, -2.5, -1.0, 1.0, 2.5, 5.0)
+        result["pitch_quality"] = {"command": command} | pitch_quality(args.clips, args.n_clips, shifts)
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
