@@ -13,15 +13,15 @@ each epoch (of at least `--min-steps` steps) the validation clips are scored; `-
 end it, the best state is kept. A clip's score is the mean of its windows' probabilities. Test clips are scored once, by
 the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
 
-Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and mean over clips; a tag or
-clip without a positive or without a negative has neither, is left out and counted. Single label: accuracy and confusion
-(a row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and
-beside the untrained control (`--random`) the paired interval of the difference.
+Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and over clips; a tag or clip
+without a positive or without a negative has neither, is left out and counted. Single label: accuracy and confusion (a
+row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and beside
+the untrained control (`--random`) the paired interval of the difference.
 
 Leaves behind, beside the checkpoint or where `--out`, `--export` say: evaluate-DATA.json, which explains the numbers;
-encoder.ts, encoder.pt2, tagger.ts; and the features in data/NAME/features/. `--embed` leaves a FILE.npz per file:
-`embedding` (n, D) and `timestamps` (n,), the windows' starts in seconds. A README's tables stand between
-`<!-- table: results/x.json -->` and `<!-- /table -->`; `--table README.md` renews them. Pictures: transfer.py.
+encoder.ts, encoder.pt2, tagger.ts; features in data/NAME/features/. `--embed`: a FILE.npz for each file, `embedding`
+(n, D) and `timestamps` (n,), the windows' starts in seconds. A README's tables stand between `<!-- table: x.json -->`
+and `<!-- /table -->`; `--table README.md` renews them. Pictures of results: transfer.py.
 """
 
 import argparse
@@ -179,18 +179,6 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
     return {"epochs": epoch, "best_epoch": best_epoch, "valid": best[0], "valid_loss": -best[1]}
 
 
-@contextlib.contextmanager
-def one_thread():
-    """For steps so small that threads lose more by waiting for each other than they gain, above all on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0,
               **how):
     """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7).
@@ -211,13 +199,17 @@ def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, b
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         for parameter in layers[-2].parameters():  # torch's own start, but from this generator
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
-    probe = nn.Sequential(*layers[:-1])
+    probe, threads = nn.Sequential(*layers[:-1]), torch.get_num_threads()
 
     def batches():
         for _ in range(math.ceil(min_steps / math.ceil(len(x) / batch_size))):
             for rows in torch.randperm(len(x), generator=generator).split(batch_size):
                 yield x[rows], y[rows]
-    return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task), task, **how)
+    try:
+        torch.set_num_threads(1)  # steps so small lose more by threads that wait for each other than they gain
+        return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task), task, **how)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0):
@@ -248,22 +240,18 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
 
 
 def load_probe(path):
-    """A probe of the authors (0.weight or model.0.weight, ..., flat or in a state_dict) as a `fit` without training. Its
+    """A probe of the authors (0.weight or model.0.weight, ...; flat or in state_dict) as a `fit` without training. Its
     outputs must be the data's tags in the same order."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = {key.split("model.")[-1]: value for key, value in state.get("state_dict", state).items()}
-    state = {key: value for key, value in state.items() if key[:1].isdigit()}
-    sizes = [value.shape for key, value in sorted(state.items()) if key.endswith("weight")]
-    if not sizes:
-        raise ValueError(f"{path} holds no probe: expected 0.weight, 0.bias, or model.0.weight, model.0.bias")
+    sizes = [state[key].shape for key in ("0.weight", "2.weight") if key in state]
     layers = [layer for fan_out, fan_in in sizes for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
     probe = nn.Sequential(*layers[:-1]).requires_grad_(False)
-    probe.load_state_dict(state)
+    probe.load_state_dict({key: value for key, value in state.items() if key[:1].isdigit()})
 
     def fit(x, y, valid_x, valid_y, valid_clip, task, seed):
-        if (sizes[0][1], sizes[-1][0]) != (x.shape[1], y.shape[1]):
-            raise ValueError(f"{path} maps {sizes[0][1]} features to {sizes[-1][0]} tags, "
-                             f"not {x.shape[1]} to {y.shape[1]}")
+        if not sizes or (sizes[0][1], sizes[-1][0]) != (x.shape[1], y.shape[1]):
+            raise ValueError(f"{path} is no probe from {x.shape[1]} features to {y.shape[1]} tags (it has {sizes})")
         return probe, {"valid": validation(probe(valid_x), valid_y.float(), valid_clip, task)[0]}
     return fit
 
@@ -498,57 +486,6 @@ def refresh(text, root):
                   lambda m: m[1] + table(json.loads((Path(root) / m[2]).read_text())) + m[3], text, flags=re.S)
 
 
-# ----------------------------------------------------------------------------------------------------------- take home
-
-def frames(net, waveform, hop=None):
-    """Audio (T,) -> rows (n, D or K) of its windows, their starts (n,) in seconds, was it padded (audio shorter than a
-    window is, with silence). net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts; hop in seconds."""
-    step = net.input_samples if hop is None else max(1, round(hop * net.sample_rate))
-    padded = F.pad(waveform, (0, max(0, net.input_samples - len(waveform))))
-    with torch.no_grad():
-        rows = net.frames(padded[None, None].to(next(net.parameters())), step)[0].float().cpu().numpy()
-    return rows, np.arange(len(rows)) * step / net.sample_rate, len(padded) > len(waveform)
-
-
-def embed_files(net, paths, out, decode, suffixes, hop=None, overwrite=False):
-    """Write out/NAME.npz for every file, and every audio file of every folder -> the number of files that failed."""
-    jobs, failed = {}, []
-    for path in paths:
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else [path]:
-            target = out / f"{file.relative_to(path) if path.is_dir() else file.name}.npz"
-            if jobs.setdefault(target, file) != file:
-                raise ValueError(f"{jobs[target]} and {file} would both become {target}: embed them one by one")
-    for target, file in jobs.items():
-        if target.exists() and not overwrite:
-            continue
-        try:
-            rows, starts, padded = frames(net, decode(file, net.sample_rate), hop)
-        except (ValueError, OSError) as error:
-            failed.append(str(error))
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
-        target.with_suffix(".partial.npz").replace(target)
-        print(f"{target} {rows.shape}" + ", shorter than a window, padded with silence" * padded)
-    print("\n".join([f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *map("failed: {}".format, failed)]))
-    return len(failed)
-
-
-def tag_file(net, file, decode, hop=None, top=10, picture=None):
-    """Print the most probable tags of a file; picture: a PNG of them over time."""
-    rows, starts, _ = frames(net, decode(file, net.sample_rate), hop)
-    best = rows.mean(0).argsort()[::-1][:top]
-    print("\n".join([str(file)] + [f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best]))
-    if picture:
-        from matplotlib.figure import Figure
-        axes = (figure := Figure((10, 0.3 * top + 1), layout="constrained")).add_subplot()
-        end = starts[-1] + net.input_samples / net.sample_rate
-        image = axes.imshow(rows[:, best].T, aspect="auto", vmin=0, extent=(0, end, len(best) - 0.5, -0.5))
-        axes.set(yticks=range(len(best)), yticklabels=[net.tags[k] for k in best], xlabel="seconds", title=file.name)
-        figure.colorbar(image, label="probability")
-        figure.savefig(picture)
-
-
 # ------------------------------------------------------------------------------------------------------------- program
 
 def run(args, clips, encoder, info, model):
@@ -621,8 +558,28 @@ def run(args, clips, encoder, info, model):
         "protocol": vars(args), "results": results, "_encoder": build(0, state), "_features": kept}
 
 
+def frames(net, waveform, hop=None):
+    """Audio (T,) -> rows (n, D or K) of its windows, every `hop` seconds; their starts (n,) in seconds. Audio shorter
+    than a window is padded with silence. net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts has."""
+    step = net.input_samples if hop is None else max(1, round(hop * net.sample_rate))
+    waveform = F.pad(waveform, (0, max(0, net.input_samples - len(waveform))))
+    with torch.no_grad():
+        rows = net.frames(waveform[None, None].to(next(net.parameters())), step)[0].float().cpu().numpy()
+    return rows, np.arange(len(rows)) * step / net.sample_rate
+
+
+def tags_over_time(path, rows, starts, tags, seconds):
+    """A picture of the probabilities rows (n, K) of K tags over time; seconds: of a window."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure((10, 0.3 * len(tags) + 1), layout="constrained")).add_subplot()
+    extent = (0, starts[-1] + seconds, len(tags) - 0.5, -0.5)
+    figure.colorbar(axes.imshow(rows.T, aspect="auto", vmin=0, extent=extent), label="probability")
+    axes.set(yticks=range(len(tags)), yticklabels=tags, xlabel="seconds", title=path.stem)
+    figure.savefig(path)
+
+
 def take_home(args, prepare, model):
-    """--embed and --tag -> the exit code."""
+    """--embed: OUT/NAME.npz for every file, and every audio file of every folder; --tag: top tags -> the exit code."""
     if args.ckpt.suffix == ".ts":
         net = torch.jit.load(args.ckpt, map_location=model.choose_device(args.device))
     else:
@@ -631,11 +588,37 @@ def take_home(args, prepare, model):
         net.to(device, DTYPE[model.choose_amp(device, args.amp)]).eval()
     if args.tag and not net.tags:
         raise ValueError(f"{args.ckpt} knows no tags: expected a tagger.ts, which an evaluation leaves")
+    out, seconds, jobs, failed = args.out or Path("embeddings"), net.input_samples / net.sample_rate, {}, []
     for file in args.tag or ():
-        picture = (args.out or Path()) / f"{file.name}.png" if args.plot else None
-        tag_file(net, file, prepare.decode, args.hop, picture=picture)
-    return int(bool(args.embed) and embed_files(net, args.embed, args.out or Path("embeddings"), prepare.decode,
-                                                prepare.AUDIO, args.hop, args.overwrite) > 0)
+        rows, starts = frames(net, prepare.decode(file, net.sample_rate), args.hop)
+        best = rows.mean(0).argsort()[::-1][:10]
+        print("\n".join([str(file)] + [f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best]))
+        if args.plot:
+            picture = (args.out or Path()) / f"{file.name}.png"
+            tags_over_time(picture, rows[:, best], starts, [net.tags[k] for k in best], seconds)
+    for path in args.embed or ():
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in prepare.AUDIO)
+        for file in inside if path.is_dir() else [path]:
+            target = out / f"{file.relative_to(path) if path.is_dir() else file.name}.npz"
+            if jobs.setdefault(target, file) != file:
+                raise ValueError(f"{jobs[target]} and {file} would both become {target}: embed them one by one")
+    for target, file in jobs.items():
+        if args.overwrite or not target.exists():
+            try:
+                waveform = prepare.decode(file, net.sample_rate)
+            except (ValueError, OSError) as error:
+                failed.append(str(error))
+                continue
+            rows, starts = frames(net, waveform, args.hop)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
+            target.with_suffix(".partial.npz").replace(target)
+            short = ", shorter than a window, padded with silence" if len(waveform) < net.input_samples else ""
+            print(f"{target} {rows.shape}{short}")
+    if jobs:
+        lines = [f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *(f"failed: {why}" for why in failed)]
+        print("\n".join(lines))
+    return int(len(failed) > 0)
 
 
 def build_parser():
