@@ -39,7 +39,7 @@ def overlap(source, target):
 
 
 def mark(info, target, load):
-    """What a cell has to say about its source -> {status, heard, shared}; load(name): the prepared data of that name, or an
+    """What a cell says about its source -> {status, heard, shared}; load(name): the prepared data of that name, or an
     error. status: `` (nothing shared), `same data`, `N test clips heard`, `?` (cannot be checked)."""
     if info.get("fingerprint") == target.fingerprint:
         return {"status": "same data", "heard": 0, "shared": len(target)}
@@ -140,7 +140,8 @@ def filters(axes, weight, sample_rate, n=512):
     hertz = np.arange(spectra.shape[1]) * sample_rate / n
     order = (spectra * hertz).sum(1) / spectra.sum(1)
     image = (spectra / spectra.max(1, keepdims=True))[order.argsort()].T
-    axes.imshow(image, origin="lower", aspect="auto", extent=(0, len(weight), 0, hertz[-1]), cmap="magma")
+    axes.imshow(image, origin="lower", aspect="auto", extent=(0, len(weight), 0, hertz[-1]), cmap="magma",
+                interpolation="nearest")
     axes.set(xlabel="filter, sorted by centre frequency", ylabel="Hz")
 
 
@@ -277,7 +278,7 @@ def run(args, options, sources, targets, evaluate, model, prepare):
                               "text": text})
                 meta[name] = {"metrics": metrics, **result["data"]}
                 if args.plots and encoder is not None:
-                    folder = args.plots / f"{source}-{name}"
+                    folder = args.plots / (f"{source}-{name}" + (f"-hidden-{options.hidden}" if options.hidden else ""))
                     result_pictures(folder, json.loads(evaluate.to_json(result)), evaluate.METRICS)
                     cell_pictures(folder, result, clips, evaluate.windows, evaluate.usable)
     shown = {name: {m: text for m, text in list(meta[name]["metrics"].items())[:2]} for name in targets}
