@@ -128,7 +128,8 @@ def read_msd(root):
         clips.append(Clip(text(song), None, split, tags=tuple(tags[k] for k in on)))
     files = audio_files(root, lambda path: path.name.split(".")[0])
     return Listing.match(clips, files, lambda clip: clip.id if clip.id in files else seven.get(clip.id),
-                         task="multilabel", tags=tags, split_name="msd, Last.FM top 50", published=(201680, 11774, 28435))
+                         task="multilabel", tags=tags, split_name="msd, Last.FM top 50",
+                         published=(201680, 11774, 28435))
 
 
 def read_billboard(root):
