@@ -39,8 +39,9 @@ def overlap(source, target):
 
 
 def mark(info, target, load):
-    """What a cell says about its source -> {status, heard, shared}; load(name): the prepared data of that name, or an
-    error. status: `` (nothing shared), `same data`, `N test clips heard`, `?` (cannot be checked)."""
+    """What a cell says about its source -> {status, heard, shared}; load(name): the prepared data of that name.
+
+    status: `` (no test clip was heard), `same data`, `N test clips heard`, `?` (cannot be checked)."""
     if info.get("fingerprint") == target.fingerprint:
         return {"status": "same data", "heard": 0, "shared": len(target)}
     try:
