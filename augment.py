@@ -65,7 +65,6 @@ def _fft(transform: Callable, x: Tensor, n: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ simple transforms
-
 def polarity(x: Tensor, flip: Tensor) -> Tensor:
     """Invert the examples where flip (B,) is true.
 
@@ -133,7 +132,6 @@ def _gaussian(seed: Tensor, n: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ filters
-
 FILTER_BLOCK = 32           # samples
 
 
@@ -198,7 +196,6 @@ def _butterworth(x: Tensor, cutoff_hz: Tensor, high: Tensor, sample_rate: int) -
 
 
 # ------------------------------------------------------------------------------------------------ pitch shift
-
 SEGMENT = 0.050             # s from one splice to the next
 FADE = 0.010                # s of cross-fade at a splice
 SEARCH = 0.0075             # s either way that a segment may move to match the one before it: a period down to 67 Hz
@@ -345,7 +342,6 @@ def _kernel_table(taps: int, device: torch.device, fractions: int = 2048) -> Ten
 
 
 # ------------------------------------------------------------------------------------------------ reverb
-
 COMBS = (1116, 1188, 1277, 1356, 1422, 1491, 1557, 1617)        # delays in samples at 44,100 Hz (Freeverb)
 ALL_PASSES = (225, 341, 441, 556)
 DECAY_DB = 70               # of the weight over the points of one FFT
@@ -420,7 +416,6 @@ def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[Tensor, ...
 
 
 # ------------------------------------------------------------------------------------------------ the chain
-
 def _uniform(low: float, high: float) -> Callable:
     return lambda n, generator: low + (high - low) * torch.rand(n, generator=generator)
 
@@ -507,19 +502,22 @@ class Chain:
         for name in self.transforms:
             if len(draws.get(name, ())) != len(x):
                 raise ValueError(f"expected draws of {name} for {len(x)} examples, got {len(draws.get(name, ()))}")
-        y = x.clone()
-        for block in _blocks(len(x), x.device, 4 * BLOCK):
-            for name, transform in self.transforms.items():
-                rows = draws[name][block].nonzero().flatten() + block.start
-                if len(rows):
-                    values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
-                    rows = rows.to(y.device)
-                    y[rows] = transform.apply(y[rows], self.sample_rate, **values)
+        y, threads = x.clone(), torch.get_num_threads()
+        torch.set_num_threads(1)        # work this small gains little from threads, and on busy cores they cost tenfold
+        try:
+            for block in _blocks(len(x), x.device, 4 * BLOCK):
+                for name, transform in self.transforms.items():
+                    rows = draws[name][block].nonzero().flatten() + block.start
+                    if len(rows):
+                        values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
+                        rows = rows.to(y.device)
+                        y[rows] = transform.apply(y[rows], self.sample_rate, **values)
+        finally:
+            torch.set_num_threads(threads)
         return y
 
 
 # ------------------------------------------------------------------------------------------------ listening
-
 def describe(chain: Chain, draws: dict[str, Tensor], row: int = 0) -> list[str]:
     """One line per transform that was drawn for this row, with its values and units."""
     lines = []
