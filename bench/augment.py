@@ -394,6 +394,15 @@ def machine() -> dict:
             "system": platform.platform(), "python": platform.python_version()}
 
 
+def summary(speed: dict) -> dict:
+    """caption and table, as `evaluate.py --table` prints them: views a second of each transform and library."""
+    rows = [{"views/s": name} | {library: f"{values[library]['views_per_s']:,.0f}" if library in values else "-" for library in LIBRARIES}
+            for name, values in speed["views_per_s"].items()]
+    at = "at " + " ".join(f"{p:g}" for p in speed["probabilities_of_chain"].values())
+    return {"caption": f"Views of {SAMPLES:,d} samples a second on one core ({speed['machine']['cpu']}), batch {BATCH}, medians; the chain {at}. "
+            f"`{speed['command']}`", "table": rows}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench/augment.py", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -436,6 +445,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.clips:
         shifts = (-5.0, -2.5, -1.0, 1.0, 2.5, 5.0)
         result["pitch_quality"] = {"command": command} | pitch_quality(args.clips, args.n_clips, shifts)
+    if "speed" in result:
+        result |= summary(result["speed"])
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
