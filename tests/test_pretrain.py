@@ -188,19 +188,20 @@ def torchrun(size, *args, **kwargs):
 def test_the_script_takes_the_same_steps_with_one_two_and_four_processes(tmp_path, run, tiny_data):
     results, losses = {}, {}
     for size in (1, 2, 4):
-        out, flags = tmp_path / str(size), ["--data", tiny_data, *TOY, "--batch-size", 8, "--max-steps", 5]
+        out, flags = tmp_path / str(size), ["--data", tiny_data, *TOY, "--batch-size", 8, "--max-steps", 5, "--lr", "1e-4"]
         done = torchrun(size, *flags, "--out", out) if size > 1 else run(["pretrain.py", *flags, "--out", out])
         assert done.returncode == 0, done.stderr
         results[size] = torch.load(out / "checkpoint.pt", weights_only=True)
         losses[size] = [r["loss"] for r in pretrain.read_log(out) if "loss" in r]
         assert pretrain.read_log(out)[0]["processes"] == size
     # A bias before a batch norm has no gradient: Adam turns its rounding errors into whole steps, and the running mean follows.
+    # The same happens to the few weights whose gradient is nearly zero, so what is left of a difference grows with --lr.
     keys = [k for k, v in results[1]["learner"].items() if v.is_floating_point() and not k.endswith(("0.bias", "running_mean"))]
     whole = {size: torch.cat([r["learner"][k].flatten() for k in keys]) for size, r in results.items()}
     torch.manual_seed(0)
     start = model.build_encoder("samplecnn", width=0.0625).state_dict()
     moved = results[1]["learner"]["encoder.blocks.3.0.weight"] - start["blocks.3.0.weight"]
-    assert moved.norm() > 1e-3 * start["blocks.3.0.weight"].norm()
+    assert moved.norm() > 3e-4 * start["blocks.3.0.weight"].norm()
     for size in (2, 4):
         assert losses[size] == pytest.approx(losses[1], rel=1e-4)
         assert (whole[size] - whole[1]).norm() <= 1e-5 * whole[1].norm(), ((whole[size] - whole[1]).norm() / whole[1].norm()).item()
