@@ -28,7 +28,7 @@ demo: setup
 	@echo "       $(PY) prepare.py --data folder --root YOUR-MUSIC --name mine"
 
 test: setup
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests
 
 clean:
 	rm -rf data/demo runs/demo

@@ -8,6 +8,8 @@ medians over the turns:
   released   the released architecture, eager float32, as its scripts run it (Conv1d, batch norm, glibc's malloc)
   float32    evaluate.embed on model.fold_batch_norm(encoder): same weights, outputs compared with the released form's
   bf16       the same in bfloat16
+The roof is what a large matrix product reaches in the same precision, in a process in the same turns, over the 3.46 GFLOP
+of a window: how close to the processor's arithmetic a form comes.
 Probe: evaluate.fit_probe on features of MagnaTagATune's size (187,060 + 18,250 windows x 512, 50 tags as frequent as
 there; synthetic features from which the tags can be told about as well as from real ones), until it stops by itself.
 """
@@ -30,6 +32,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 VARIANTS = ("released", "float32", "bf16")
+GFLOP_PER_WINDOW = 3.46
 
 
 def released_form():
@@ -78,6 +81,19 @@ def one_variant(variant, batches, out):
     print(json.dumps({"windows_per_s": len(x) / seconds}))
 
 
+def roof():
+    """GFLOP/s of a large matrix product in each precision, median of ten."""
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        (a, b, c), times = torch.randn(3, 4096, 4096).to(dtype), []
+        for _ in range(11):
+            start = time.perf_counter()
+            torch.mm(a, b, out=c)
+            times.append(time.perf_counter() - start)
+        found[name] = 2 * 4096**3 / statistics.median(times[1:]) / 1e9
+    print(json.dumps(found))
+
+
 def probe():
     """Seconds of evaluate.fit_probe on features of MagnaTagATune's size."""
     import evaluate
@@ -103,9 +119,12 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=6, help="batches of 16 windows per measurement")
     parser.add_argument("--only", choices=["embedding", "probe"], help="one of the two")
     parser.add_argument("--out", default=str(ROOT / "results" / "evaluate.json"), help="file to write; - for none")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=[*VARIANTS, "roof"], help=argparse.SUPPRESS)
     parser.add_argument("--save", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.variant == "roof":
+        roof()
+        return 0
     if args.variant:
         one_variant(args.variant, args.batches, args.save)
         return 0
@@ -114,9 +133,11 @@ def main(argv=None):
                    "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
                                "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16"))}})
     if args.only != "probe":
-        rates, outputs = {v: [] for v in VARIANTS}, {}
+        rates, outputs, roofs = {v: [] for v in VARIANTS}, {}, []
         with tempfile.TemporaryDirectory() as folder:
             for turn in range(args.turns):
+                done = subprocess.run([sys.executable, __file__, "--variant", "roof"], capture_output=True, check=True)
+                roofs.append(json.loads(done.stdout))
                 for variant in VARIANTS:
                     save = Path(folder) / f"{variant}.npy"
                     flags = ["--variant", variant, "--batches", str(args.batches), "--save", str(save)]
@@ -129,17 +150,22 @@ def main(argv=None):
                     outputs[variant] = np.load(save)
                     print(f"{variant:9s} {rates[variant][-1]:6.1f} windows/s", file=sys.stderr)
         base, want = statistics.median(rates["released"]), outputs["released"]
+        result["roof_gflops"] = {name: round(statistics.median(r[name] for r in roofs)) for name in ("float32", "bf16")}
         result["embedding"] = {
             v: {"windows_per_s": round(statistics.median(rates[v]), 1), "turns": [round(r, 1) for r in rates[v]],
                 "times_released": round(statistics.median(rates[v]) / base, 2),
+                "share_of_roof": round(statistics.median(rates[v]) * GFLOP_PER_WINDOW
+                                       / result["roof_gflops"]["bf16" if v == "bf16" else "float32"], 3),
                 "relative_difference": float(np.abs(outputs[v] - want).max() / np.abs(want).max())} for v in VARIANTS}
     if args.only != "embedding":
         result["probe"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in probe().items()}
         print(result["probe"], file=sys.stderr)
     result["caption"] = (f"Embedding on {os.cpu_count()} cores, batch 16, windows of 59,049 samples, "
-                         f"medians of {args.turns} turns.")
+                         f"medians of {args.turns} turns. Roof: {result['roof_gflops']['float32']} GFLOP/s in float32, "
+                         f"{result['roof_gflops']['bf16']} in bfloat16, by a large matrix product in the same turns.")
     result["table"] = [{"form": v, "windows/s": f"{r['windows_per_s']:.0f}",
                         "times released": f"{r['times_released']:.1f}",
+                        "of the roof": f"{100 * r['share_of_roof']:.0f} %",
                         "relative difference": f"{r['relative_difference']:.0e}"}
                        for v, r in result.get("embedding", {}).items()]
     text = json.dumps(result, indent=1) + "\n"

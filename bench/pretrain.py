@@ -1,55 +1,84 @@
-"""A training step on the CPU against the released model's, side by side.
+"""What pretrain.py promises, measured: speed against the released model, kills survived, bfloat16 against float32.
 
-    python bench/pretrain.py --out results/pretrain-speed.json               # about ten minutes on two cores
-    python bench/pretrain.py --batch-sizes 16 --rounds 2 --steps 2
+    python bench/pretrain.py speed --out results/pretrain-speed.json                 # about ten minutes on two cores
+    python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about five minutes
+    python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # about ten minutes
 
-Each variant runs in a process of its own (the allocator is set once per process), in turn: A B C A B C ...; the figures are
-medians over all timed steps, the ratios are of medians. Views are ready-made noise: what is timed is encoder, projector, NT-Xent
-and Adam. Variants:
+speed: a training step on ready-made noise (encoder, projector, NT-Xent, Adam). Each variant runs in a process of its own (the
+allocator is set once per process), in turn: A B C A B C ...; the figures are medians over all timed steps. Variants:
   released    the released network written plainly (Conv1d, ReLU before max-pool), float32, torch's Adam, glibc as it is
   ours        model.py with its allocator setting and bfloat16 autocast, as pretrain.py runs it
   recompute   ours with --recompute 3
   float32     ours with --amp off: torch's batch norm replaced by the accurate one
-`chain` is the share that the augmentation chain takes of a step of `ours` on real draws.
+`chain` is the share that the augmentation chain takes of a step of `ours` on real draws. The roof is what a large matrix product
+reaches in the same precision in the same run, over the 20.7 GFLOP that a pair takes forward and backward.
+
+kills: the real script is killed with SIGKILL at random moments, and continued, until it has survived so many kills; its weights
+must then equal, bit for bit, those of a run nobody touched. With one process and with two under torchrun.
+
+curves: the loss of the full network over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
+which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
 """
 import argparse
 import json
 import os
 import platform
+import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+GFLOP_PER_PAIR = 20.7  # SampleCNN, two views, forward and backward (the backward pass counted twice)
 
 
-def worker(variant, batch, steps):
-    sys.path.insert(0, str(ROOT))
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def released_encoder():
+    """The released SampleCNN's layers, as its code has them."""
+    from torch import nn
+
+    sizes = [1, 128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512]
+    blocks = [nn.Sequential(nn.Conv1d(i, o, 3, 1 if n else 3, 1 if n else 0), nn.BatchNorm1d(o), nn.ReLU(),
+                            *([nn.MaxPool1d(3, 3)] if 0 < n < 10 else [])) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
+    return nn.Sequential(*blocks, nn.Flatten())
+
+
+def time_steps(variant, batch, steps):
+    """In a process of its own: seconds of each step of one variant, and of the chain."""
     import model
 
     if variant != "released":
         model.tune_allocator()
     import torch
-    from torch import nn
 
     import augment
     import pretrain
 
     torch.manual_seed(0)
-    if variant == "released":
-        sizes = [1, 128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512]
-        encoder = nn.Sequential(*[nn.Sequential(nn.Conv1d(i, o, 3, 1 if n else 3, 1 if n else 0), nn.BatchNorm1d(o), nn.ReLU(),
-                                                *([nn.MaxPool1d(3, 3)] if 0 < n < 10 else [])) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))], nn.Flatten())
-    else:
-        encoder = model.build_encoder("samplecnn")
-        encoder.recompute(3 if variant == "recompute" else 0)
+    amp = "off" if variant in ("released", "float32") else model.choose_amp("cpu")
+    if variant == "roof":
+        found = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            (a, b, c), times = torch.randn(3, 4096, 4096).to(dtype), []
+            for _ in range(steps + 2):
+                began = time.perf_counter()
+                torch.mm(a, b, out=c)
+                times.append(time.perf_counter() - began)
+            found[str(dtype).removeprefix("torch.")] = 2 * 4096**3 / statistics.median(times[1:]) / 1e9
+        return {"gflops": found}
+    encoder = released_encoder() if variant == "released" else model.build_encoder("samplecnn")
+    if variant == "recompute":
+        encoder.recompute(3)
     learner = pretrain.CLMR(encoder, model.Projector())
     if variant == "float32":
-        learner = pretrain.synchronise(learner, "cpu")
-    amp = "off" if variant in ("released", "float32") else model.choose_amp("cpu")
+        learner = model.synchronise(learner, "cpu")
     optimiser = torch.optim.Adam(learner.parameters(), lr=3e-4, **({} if variant == "released" else {"fused": True}))
     views, times, chains = torch.randn(2 * batch, 1, 59049) * 0.1, [], []
     chain = augment.Chain(22050)
@@ -67,47 +96,183 @@ def worker(variant, batch, steps):
         loss.backward()
         optimiser.step()
         times.append(time.perf_counter() - began)
-    print(json.dumps({"seconds": times[1:], "chain": chains[1:], "loss": loss.item(), "amp": amp,
-                      "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+    return {"seconds": times[1:], "chain": chains[1:], "loss": loss.item(), "amp": amp,
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 48])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps per process, after one that is not timed")
-    parser.add_argument("--variants", nargs="+", default=["released", "ours", "recompute", "float32"])
-    parser.add_argument("--out", type=Path, help="JSON")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker[0], int(args.worker[1]), int(args.worker[2]))
-    import torch
+def in_a_process(*job):
+    done = subprocess.run([sys.executable, __file__, "--worker", *map(str, job)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{job}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    result = {"command": " ".join(["python", "bench/pretrain.py", *sys.argv[1:]]), "machine": {"cpu": cpu, "cores": os.cpu_count()},
-              "versions": {"python": platform.python_version(), "torch": torch.__version__}, "steps": []}
+
+def speed(args):
+    rows, roofs = [], []
     for batch in args.batch_sizes:
         runs = {v: [] for v in args.variants}
         for _ in range(args.rounds):
+            roofs.append(in_a_process("time_steps", "roof", batch, args.steps)["gflops"])
             for variant in args.variants:
-                done = subprocess.run([sys.executable, __file__, "--worker", variant, str(batch), str(args.steps)], capture_output=True, text=True, check=True)
-                runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
+                runs[variant].append(in_a_process("time_steps", variant, batch, args.steps))
         base = None
         for variant, found in runs.items():
             seconds = [s for r in found for s in r["seconds"]]
-            row = {"batch": batch, "variant": variant, "n": len(seconds), "seconds": round(statistics.median(seconds), 3),
-                   "pairs_per_s": round(batch / statistics.median(seconds), 2), "min": round(min(seconds), 3), "max": round(max(seconds), 3),
-                   "peak_gib": round(statistics.median(r["peak_gib"] for r in found), 2), "amp": found[0]["amp"]}
+            rate = batch / statistics.median(seconds)
+            row = {"batch": batch, "variant": variant, "n": len(seconds), "seconds": round(batch / rate, 3), "pairs_per_s": round(rate, 2),
+                   "min": round(min(seconds), 3), "max": round(max(seconds), 3), "amp": found[0]["amp"],
+                   "peak_gib": round(statistics.median(r["peak_gib"] for r in found), 2)}
             base = base or row["seconds"]
             row["speed_up"] = round(base / row["seconds"], 2)
+            roof = statistics.median(r["bfloat16" if row["amp"] == "bf16" else "float32"] for r in roofs)
+            row["share_of_roof"] = round(rate * GFLOP_PER_PAIR / roof, 3)
             if variant == "ours":
                 row["chain_share"] = round(statistics.median(s for r in found for s in r["chain"]) / statistics.median(seconds), 3)
-            result["steps"].append(row)
+            rows.append(row)
             print(json.dumps(row), flush=True)
-    result["caption"] = f"Medians on {cpu}, {os.cpu_count()} cores, torch {torch.__version__}; `{result['command']}`"
-    result["table"] = [{"batch": r["batch"], "variant": r["variant"], "s / step": r["seconds"], "pairs / s": r["pairs_per_s"], "speed-up": r["speed_up"],
-                        "peak GiB": r["peak_gib"], "steps timed": r["n"]} for r in result["steps"]]
+    roof = {k: round(statistics.median(r[k] for r in roofs)) for k in roofs[0]}
+    table = [{"batch": r["batch"], "variant": r["variant"], "s / step": r["seconds"], "pairs / s": r["pairs_per_s"], "speed-up": r["speed_up"],
+              "of the roof": f"{100 * r['share_of_roof']:.0f} %", "peak GiB": r["peak_gib"], "steps timed": r["n"]} for r in rows]
+    caption = (f"Medians of a step on {machine()['cpu']}, {os.cpu_count()} cores. Roof: {roof['float32']} GFLOP/s in float32, "
+               f"{roof['bfloat16']} in bfloat16, by a large matrix product in the same run.")
+    return {"roof_gflops": roof, "steps": rows, "caption": caption, "table": table}
+
+
+# ------------------------------------------------------------------------------------------------------------ kills
+
+
+def kills(args):
+    """Kill, continue, compare; 1 and 2 processes."""
+    import torch
+
+    rng, rows, details = random.Random(0), [], []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        for size in (1, 2):
+            launch = [sys.executable] if size == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            flags = ["--data", args.data, "--width", "0.0625", "--batch-size", "8", "--max-steps", str(args.max_steps), "--save-every", "1",
+                     "--log-every", "1", "--device", "cpu"]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": ROOT, "start_new_session": True}
+            command = lambda out: [*launch, "pretrain.py", *flags, "--out", str(Path(folder) / out)]
+            subprocess.run(command(f"whole{size}"), check=True, **quiet)
+            out, moments, damaged = Path(folder) / f"killed{size}", [], 0
+            checkpoint = out / "checkpoint.pt"
+            while len(moments) < args.kills:
+                before = checkpoint.stat().st_mtime if checkpoint.exists() else 0
+                process = subprocess.Popen(command(out.name), **quiet)
+                go_on = rng.random() < 0.8  # mostly wait for a step, else anywhere in the start
+                while go_on and process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime == before):
+                    time.sleep(0.002)
+                time.sleep(rng.random() * (args.spread if go_on else 5))
+                if process.poll() is not None:
+                    raise RuntimeError(f"the run ended by itself ({process.returncode}): {process.stderr.read().decode()[-300:]}; give a larger --max-steps")
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if size == 2:  # torchrun's workers have sessions of their own
+                    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)
+                    time.sleep(0.5)
+                damaged += b"damaged" in process.stderr.read()
+                moments.append(len((out / "log.jsonl").read_text().splitlines()) if (out / "log.jsonl").exists() else 0)
+                print(f"{size} process(es), kill {len(moments)}: log lines {moments[-1]}", file=sys.stderr)
+            subprocess.run(command(out.name), check=True, **quiet)
+            whole, killed = (torch.load(Path(folder) / f"{kind}{size}" / "checkpoint.pt", weights_only=True) for kind in ("whole", "killed"))
+            same = all(torch.equal(whole["learner"][k], killed["learner"][k]) for k in whole["learner"]) and whole["step"] == killed["step"]
+            leftovers = [p.name for p in out.iterdir() if "partial" in p.name]
+            details.append({"processes": size, "kills": len(moments), "damaged_checkpoints_met": damaged, "bit_identical": same,
+                            "steps": killed["step"], "leftovers": leftovers})
+            rows.append({"processes": size, "kills": len(moments), "steps": killed["step"], "weights equal to the whole run's": "bit for bit" if same else "NO"})
+            print(json.dumps(details[-1]), flush=True)
+    return {"runs": details, "caption": f"SIGKILL at random moments, most within {args.spread:g} s of a save, the others while it starts; a checkpoint after every step.", "table": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+def curve(variant, data, batch, steps):
+    """In a process of its own: the losses of `steps` steps on real views."""
+    import model
+    import prepare
+
+    model.tune_allocator()
+    import torch
+
+    import augment
+    import pretrain
+
+    clips = prepare.Clips(prepare.find(data), "train")
+    torch.manual_seed(0)
+    encoder = model.build_encoder("samplecnn")
+    learner = pretrain.CLMR(encoder, model.Projector())
+    if variant == "rounded":
+        with torch.no_grad():
+            for p in learner.parameters():
+                p.copy_(p.bfloat16().float())
+    if variant != "bfloat16":
+        learner = model.synchronise(learner, "cpu")
+    optimiser = torch.optim.Adam(learner.parameters(), lr=3e-4, fused=True)
+    pairs, chain, losses = pretrain.Pairs(clips.length, clips.group, encoder.input_samples, batch, 0), augment.Chain(clips.sample_rate), []
+    for step in range(steps):
+        views = clips.crops(*(t.T.reshape(-1) for t in pairs.draw(step)), pairs.n)
+        with torch.no_grad():
+            views = chain(views, chain.draw(len(views), pretrain.generator(0, "values", step)))
+        with model.autocast("cpu", "bf16" if variant == "bfloat16" else "off"):
+            loss, _ = learner(views)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def curves(args):
+    found = {v: in_a_process("curve", v, args.data, args.batch_sizes[0], args.max_steps) for v in ("float32", "rounded", "bfloat16")}
+    base, rows, away = found["float32"], [], {}
+    spread = statistics.pstdev(b - a for a, b in zip(base, base[1:]))
+    for variant, losses in found.items():
+        away[variant] = [abs(a - b) for a, b in zip(losses, base)]
+        rows.append({"variant": variant, "first loss": f"{losses[0]:.4f}", "mean of the last ten": f"{statistics.mean(losses[-10:]):.4f}",
+                     "mean distance to float32": f"{statistics.mean(away[variant]):.4f}", "largest": f"{max(away[variant]):.4f}"})
+    return {"losses": {v: [round(x, 5) for x in losses] for v, losses in found.items()}, "step_to_step": round(spread, 4), "table": rows,
+            "caption": f"NT-Xent over {args.max_steps} steps of batch {args.batch_sizes[0]} on {args.data}, full network, same views and start; from one step to "
+                       f"the next the float32 loss itself moves by {spread:.3f} (standard deviation)."}
+
+
+# ------------------------------------------------------------------------------------------------------------ program
+
+
+def machine():
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["speed", "kills", "curves"], default="speed")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 48], help="curves: the first")
+    parser.add_argument("--rounds", type=int, default=3, help="speed: turns of every variant")
+    parser.add_argument("--steps", type=int, default=3, help="speed: timed steps per process, after one that is not timed")
+    parser.add_argument("--variants", nargs="+", default=["released", "ours", "recompute", "float32"], help="speed")
+    parser.add_argument("--data", default="demo", help="kills, curves: prepared data")
+    parser.add_argument("--max-steps", type=int, help="kills (default: 5 a kill), curves (default: 30)")
+    parser.add_argument("--kills", type=int, default=20, help="kills of the run with one process, and of that with two")
+    parser.add_argument("--spread", type=float, default=0.5, help="kills: seconds within which the kill comes")
+    parser.add_argument("--scratch", help="kills: where the run folders are made")
+    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    sys.path.insert(0, str(ROOT))
+    if sys.argv[1:2] == ["--worker"]:
+        function, variant, *rest = sys.argv[2:]
+        print(json.dumps(globals()[function](variant, *(int(x) if x.isdigit() else x for x in rest))))
+        return
+    args = parser.parse_args()
+    args.max_steps = args.max_steps or (30 if args.what == "curves" else 5 * args.kills)
+    import torch
+
+    began = time.perf_counter()
+    result = {"command": " ".join(["python", "bench/pretrain.py", *sys.argv[1:]]), "machine": machine(),
+              "versions": {"python": platform.python_version(), "torch": torch.__version__},
+              **{"speed": speed, "kills": kills, "curves": curves}[args.what](args)}
+    result["minutes"] = round((time.perf_counter() - began) / 60, 1)
+    result["caption"] += f" torch {torch.__version__}; `{result['command']}`"
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

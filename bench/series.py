@@ -1,0 +1,182 @@
+"""The project's own experiments on music, each a series of the scripts' commands: pre-train, then probe; JSON into results/.
+
+    python bench/series.py curve --data moods --single moods-quadrants --steps 100 300 1000      # the learning curve
+    python bench/series.py domains --data moods --other game --both all --steps 1000             # Table 3's shape
+    python bench/series.py labels --data moods --ckpt runs/moods/encoder.pt                      # Figure 4
+    python bench/series.py ablation --data moods --width 0.5 --steps 300                         # Table 2
+    python bench/series.py methods --data moods --width 0.5 --steps 300                          # CPC, losses, batch sizes
+
+All names of data are prepared folders. Every stage is skipped when it is there, so an interrupted series continues with the same
+command. Rows of one series have equal budgets: pairs seen, or, for CPC against CLMR, seconds of pre-training. Each row is probed
+by transfer.py (three seeds, 95 % intervals over test songs) beside the untrained encoder; the cost of its pre-training, as its log
+says, stands beside its scores. `--dry-run` prints the commands.
+"""
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SEVEN = ("polarity", "noise", "gain", "filter", "delay", "pitch", "reverb")  # Table 2
+
+
+def call(args, script, *flags):
+    command = [script, *(str(f) for f in flags)]
+    print("python", shlex.join(command), file=sys.stderr, flush=True)
+    if not args.dry_run:
+        subprocess.run([sys.executable, str(ROOT / script), *command[1:]], check=True)
+    return shlex.join(["python", *command])
+
+
+def log_of(folder):
+    """What a finished run's log says: pairs, seconds of all its parts, pairs a second (median), peak memory."""
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    rates = sorted(r["pairs_per_s"] for r in records if "pairs_per_s" in r)
+    done, first = [r for r in records if r.get("done")][-1], records[0]
+    pairs = [r for r in records if "pairs" in r][-1]["pairs"]
+    return {"pairs": pairs, "steps": done["step"], "pairs_per_s": rates[len(rates) // 2], "hours": round(pairs / rates[len(rates) // 2] / 3600, 2),
+            "peak_gib": done.get("peak_gib"), "amp": first["config"]["amp"], "threads": first["threads"], "code": first["code"]}
+
+
+def pretrain(args, label, flags, steps=None, data=None):
+    """One run of a series -> its encoder.pt."""
+    out = args.runs / args.what / label
+    call(args, "pretrain.py", "--data", data or args.data, "--max-steps", steps or args.steps[-1], "--width", args.width,
+         "--save-every", 50, "--seed", args.seed, "--out", out, *flags)
+    return out / "encoder.pt"
+
+
+def batch(args):
+    return ["--batch-size", args.batch_size]
+
+
+def curve(args):
+    """One run, its encoder kept after each of --steps."""
+    found = {}
+    for steps in args.steps:
+        kept = args.runs / "curve" / f"{steps}.pt"
+        if not kept.exists():
+            encoder = pretrain(args, "run", batch(args), steps)
+            if not args.dry_run:
+                shutil.copy(encoder, kept)
+        found[f"{steps} steps"] = kept
+    return found
+
+
+def domains(args):
+    return {data: pretrain(args, data, batch(args), data=data) for data in (args.data, args.other, args.both) if data}
+
+
+def ablation(args):
+    rows = {"crop only": ["--transforms", "none"]}
+    rows |= {f"crop, {t}": ["--transforms", t, "--probability", f"{t}=1", "--asymmetric"] for t in SEVEN}
+    return {label: pretrain(args, label.replace(", ", "-").replace(" ", "-"), [*batch(args), *flags]) for label, flags in {**rows, "the whole chain": []}.items()}
+
+
+def methods(args):
+    """NT-Xent and the decoupled loss at three batch sizes and equal pairs; CPC for as many seconds as CLMR at batch 96 takes."""
+    found, pairs = {}, args.steps[-1] * args.batch_size
+    for size in (48, 96, 192):
+        for loss in ("nt-xent", "dcl"):
+            found[f"{loss}, batch {size}"] = pretrain(args, f"{loss}-{size}", ["--batch-size", size, "--loss", loss], pairs // size)
+    if args.dry_run:
+        return found
+    seconds = 3600 * log_of(args.runs / "methods" / "nt-xent-96")["hours"]
+    pretrain(args, "cpc", ["--method", "cpc", "--log-every", 5], 20)
+    steps = round(seconds * log_of(args.runs / "methods" / "cpc")["pairs_per_s"] / 64)
+    return {**found, "CPC, equal seconds": pretrain(args, "cpc", ["--method", "cpc", "--log-every", 5], max(20, steps))}
+
+
+def probe(args, encoders):
+    """transfer.py over all encoders of a series; their costs beside their scores."""
+    out = args.out or Path("results", f"{args.what}.json")
+    targets = [args.data, *([args.single] if args.single else [])]
+    hidden = ["--hidden", 0, 512] if args.what == "domains" else []
+    call(args, "transfer.py", "--ckpt", *(f"{label}={path}" for label, path in encoders.items()), "--data", *targets, "--random", *hidden,
+         "--seeds", args.seeds, "--amp", args.amp, "--out", out)
+    if args.dry_run:
+        return
+    result = json.loads(out.read_text())
+    costs = {}
+    for label, path in encoders.items():
+        folder = path.parent if (path.parent / "log.jsonl").exists() else args.runs / args.what / "run"
+        if (folder / "log.jsonl").exists():
+            costs[label] = log_of(folder)
+    for row in result["table"]:
+        cost = costs.get(row["trained on"])
+        if cost and args.what != "curve":
+            row |= {"steps": cost["steps"], "pairs/s": cost["pairs_per_s"], "hours": cost["hours"], "peak GiB": cost["peak_gib"]}
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    result |= {"series": args.what, "command": shlex.join(["python", "bench/series.py", *sys.argv[1:]]), "costs": costs,
+               "machine": {"cpu": cpu, "cores": os.cpu_count()}}
+    result["caption"] += f" Width {args.width:g}, batch {args.batch_size}, {cpu}, {os.cpu_count()} cores; `{result['command']}`"
+    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if args.what == "curve":
+        draw(args, result, out.with_suffix(".png"))
+
+
+def draw(args, result, path):
+    """Scores over steps, with their intervals; the untrained encoder is step 0."""
+    from matplotlib.figure import Figure
+
+    targets = list(dict.fromkeys(c["target"] for c in result["cells"]))
+    figure = Figure((5 * len(targets), 3.6), layout="constrained")
+    for axes, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets):
+        cells = {0 if c["source"] == "untrained" else int(c["source"].split()[0]): c for c in result["cells"] if c["target"] == target}
+        steps = sorted(cells)
+        for metric, name in list(result["targets"][target]["metrics"].items())[:2]:
+            axes.plot(steps, [100 * cells[s]["mean"][metric] for s in steps], "o-", label=name)
+            axes.fill_between(steps, *[[100 * cells[s]["interval"][metric][i] for s in steps] for i in (0, 1)], alpha=0.15)
+        axes.set(xlabel=f"steps of {args.batch_size} pairs", ylabel="percent", title=target)
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def labels(args):
+    """The label fractions of Figure 4 for CLMR, the supervised network and the untrained control; the picture beside the JSON."""
+    out = args.out or Path("results/labels.json")
+    call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, "--random", *(["--supervised"] if args.supervised else []),
+         "--fraction", *args.fraction, "--seeds", args.seeds, "--amp", args.amp, "--out", out, "--export", args.runs / "labels")
+    call(args, "transfer.py", "--results", out, "--plots", args.runs / "labels")
+    if not args.dry_run:
+        shutil.copy(args.runs / "labels" / out.stem / "fractions.png", out.with_suffix(".png"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", choices=["curve", "domains", "labels", "ablation", "methods"])
+    parser.add_argument("--data", required=True, help="tagged data: pre-trained on and probed on")
+    parser.add_argument("--single", help="curve ...: single-label data to probe as well")
+    parser.add_argument("--other", help="domains: other music to pre-train on")
+    parser.add_argument("--both", help="domains: both together, prepared as one")
+    parser.add_argument("--ckpt", type=Path, help="labels: the encoder")
+    parser.add_argument("--supervised", action="store_true", help="labels: also the network trained end to end (hours on a CPU)")
+    parser.add_argument("--fraction", nargs="+", default=["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"], help="labels")
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 300, 1000], help="curve: each of them; else the last")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0, help="of pre-training")
+    parser.add_argument("--seeds", type=int, default=3, help="of the probe")
+    parser.add_argument("--amp", default="auto", help="precision of the frozen encoder")
+    parser.add_argument("--runs", type=Path, default=Path("runs/series"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, help="JSON (default: results/WHAT.json)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    args = parser.parse_args()
+    try:
+        if args.what == "labels":
+            labels(args)
+        else:
+            probe(args, globals()[args.what](args))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
