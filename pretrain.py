@@ -40,9 +40,9 @@ from torch.distributed.nn.functional import all_reduce  # the differentiable one
 from torch.nn import functional as F
 from tqdm import tqdm
 
+CHECKPOINT = "clmr-checkpoint-1"  # the format
+
 # ------------------------------------------------------------------------------ The loss, over any number of processes
-
-
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -52,8 +52,8 @@ def gather(z: Tensor) -> Tensor:
     """(B, P) of this process -> (N, P) of all processes in rank order, differentiable; one process: z itself.
 
     All processes must hold the same number of rows. Each process's loss depends on every process's z, and the gradients
-    of our rows are summed over all of them: the own slice alone would leave the loss as it is and bend the gradient. With
-    DistributedDataParallel, which averages, a mean over local rows then gives exactly the gradient of the mean over all."""
+    of our rows are summed over all of them (the own slice alone would bend the gradient): with DistributedDataParallel,
+    which averages, a mean over local rows gives exactly the gradient of the mean over all rows."""
     rank, size = world()
     if size == 1:
         return z
@@ -76,8 +76,7 @@ def similarities(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, 
     z_i, z_j = (F.normalize(z.to(dtype), dim=1) for z in (z_i, z_j))
     B, rank = len(z_i), world()[0]
     keys = torch.cat([gather(z_i), gather(z_j)])  # (2N, P)
-    N = len(keys) // 2
-    own = torch.arange(rank * B, rank * B + B, device=z_i.device)
+    own, N = torch.arange(rank * B, rank * B + B, device=z_i.device), len(keys) // 2
     s = torch.cat([z_i, z_j]) @ keys.T / temperature  # (2B, 2N)
     s = s.scatter(1, torch.cat([own, own + N])[:, None], float("-inf"))
     return s, torch.cat([own + N, own])
@@ -91,8 +90,7 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
     Returns: the mean over this process's 2B views; the mean of that over processes is the loss of the global batch.
 
     >>> z = torch.eye(2); round(nt_xent(z, z, 0.5).item(), 4)     # log(1 + 2 exp(-2))
-    0.2395
-    """
+    0.2395"""
     return F.cross_entropy(*similarities(z_i, z_j, temperature))
 
 
@@ -101,8 +99,7 @@ def dcl(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
     small batches. Arguments and reduction as in `nt_xent`.
 
     >>> z = torch.eye(2); round(dcl(z, z, 0.5).item(), 4)         # -2 + log 2
-    -1.3069
-    """
+    -1.3069"""
     s, partner = similarities(z_i, z_j, temperature)
     positive = s.gather(1, partner[:, None])
     negatives = s.scatter(1, partner[:, None], float("-inf"))
@@ -120,8 +117,6 @@ def contrastive_top1(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------- CLMR and CPC as modules: two views in, loss and accuracy out
-
-
 class CLMR(nn.Module):
     """encoder and projector; `forward(views (2B, 1, T)) -> loss, top1`, rows 0..B-1 the first view of each pair."""
 
@@ -148,13 +143,12 @@ class CPCLoss(nn.Module):
 
     def forward(self, views, negatives):
         z, c = self.encoder.context(views)  # (B, n, 512), (B, n, 256)
-        B, n, D = z.shape
-        z = z.float()
+        z, (B, n, D) = z.float(), z.shape
         predictions = self.predictor(c).float().reshape(B, n, self.steps, D)
         others = gather(z).flatten(0, 1)[negatives]  # (B, n, 15, 512)
         own = world()[0] * B * n + torch.arange(B * n, device=z.device).reshape(B, n, 1)
         others_are_own = negatives == own  # a negative that is the true frame itself says nothing: left out
-        loss, hits = z.new_zeros(()), z.new_zeros(())
+        loss = hits = z.new_zeros(())
         for k in range(1, self.steps + 1):
             p = predictions[:, : n - k, k - 1]  # (B, n-k, 512): what the contexts say of the frame k ahead
             positive = (p * z[:, k:]).sum(-1, keepdim=True)
@@ -165,41 +159,7 @@ class CPCLoss(nn.Module):
         return loss / self.steps, hits / self.steps
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes on the CPU, where torch's own SyncBatchNorm refuses to work; same state-dict keys.
-
-    Also for one process in float32: torch's channels-last kernel adds up long columns one number after the other, which
-    puts gradients off by up to 3 % (against float64; here 2e-5), more than any number of processes would."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        over_processes = all_reduce if world()[1] > 1 else lambda t: t
-        high, dims, shape = x.to(torch.promote_types(x.dtype, torch.float32)), (0, 2, 3), (1, -1, 1, 1)
-        count = x.numel() / x.shape[1] * world()[1]
-        mean = over_processes(high.sum(dims).double()).div(count).to(high.dtype)
-        centred = high - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where features hardly vary, as early on
-        var = over_processes(centred.square().sum(dims).double()).div(count).to(high.dtype)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return torch.addcmul(self.bias.view(shape), centred, ((var + self.eps).rsqrt() * self.weight).view(shape)).to(x.dtype)
-
-
-def synchronise(module: nn.Module, device) -> nn.Module:
-    """Every batch norm of `module` replaced by one whose statistics go over all processes (section 3.2)."""
-    if torch.device(device).type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = SyncBatchNorm  # which adds no attribute: another forward for the same parameters and buffers
-    return module
-
-
 # --------------------------------------------------------------------------------------------- Which audio step s sees
-
-
 def generator(seed: int, *purpose) -> torch.Generator:
     """A CPU generator that depends on (seed, purpose) alone: no state is carried from step to step."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
@@ -209,17 +169,15 @@ def generator(seed: int, *purpose) -> torch.Generator:
 class Pairs:
     """The sampler: which two crops of which songs make up the global batch of a step.
 
-    Args:
-        length: (clips,) samples of each clip. group: (clips,) its song. n: samples of a crop (the encoder's input).
-        batch_size: N, pairs of the global batch. seed. positives: `song` draws both crops anywhere in the song,
-            `clip` both from one of its clips.
+    Args: length: (clips,) samples of each clip. group: (clips,) its song. n: samples of a crop (the encoder's input).
+    batch_size: N, pairs of the global batch. seed. positives: `song` draws both crops anywhere in the song, `clip` both
+    from one of its clips.
     Clips shorter than n take no part and are counted in `left_out`; the pairs that do not fill an epoch's last batch are
     dropped (`dropped` per epoch). No batch holds a song twice.
 
     >>> pairs = Pairs([100, 100, 50, 9], [0, 0, 1, 2], n=10, batch_size=2, seed=0)
     >>> pairs.left_out, pairs.steps_per_epoch, pairs.draw(0)[0].shape
-    (1, 1, (2, 2))
-    """
+    (1, 1, (2, 2))"""
 
     def __init__(self, length, group, n, batch_size, seed, positives="song"):
         length, group = np.asarray(length), np.asarray(group)
@@ -227,11 +185,10 @@ class Pairs:
         usable = np.flatnonzero(length >= n)
         self.left_out = len(length) - len(usable)
         self.clip = usable[np.argsort(group[usable], kind="stable")]  # clips of one song side by side
-        songs, first = np.unique(group[self.clip], return_index=True)
-        self.songs = len(songs)
+        first = np.unique(group[self.clip], return_index=True)[1]
         # all possible starts in a row: those of the k-th clip are edges[k] .. edges[k + 1], of the k-th song bounds[k] ..
         self.edges = np.concatenate([[0], np.cumsum(length[self.clip] - n + 1)])
-        self.bounds = self.edges[np.append(first, len(self.clip))]
+        self.bounds, self.songs = self.edges[np.append(first, len(self.clip))], len(first)
         if batch_size < 2:
             raise ValueError(f"--batch-size {batch_size}: the negatives are the other pairs of the batch, so at least 2 are needed")
         if self.songs < batch_size:
@@ -255,6 +212,16 @@ class Pairs:
         return self.clip[place], at - self.edges[place]
 
 
+def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> float:
+    """The learning rate of a step, a pure function: linear warm-up, then constant (the paper) or half a cosine to zero.
+
+    >>> [round(rate_at(s, 1.0, "cosine", 2, 6), 3) for s in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]"""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
 class Prefetch:
     """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error there is raised here."""
 
@@ -275,11 +242,7 @@ class Prefetch:
         self.thread.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------- checkpoints that survive everything
-
-CHECKPOINT = "clmr-checkpoint-1"
-
-
+# ----------------------------------------- What a run leaves: checkpoints that survive everything, log, curves, probe
 def save_checkpoint(path, content: dict):
     """Write `content` (tensors, numbers, strings, lists, dicts) so that a good checkpoint exists at every moment.
 
@@ -322,21 +285,6 @@ def load_checkpoint(path) -> dict | None:
         return content
     if broken:
         raise ValueError("; ".join(broken) + f"; no good checkpoint is left: move {path.parent} away to begin again")
-    return None
-
-
-# ------------------------------------------------------------------------------------ learning rate, log, curves
-
-
-def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> float:
-    """The learning rate of a step, a pure function: linear warm-up, then constant (the paper) or half a cosine to zero.
-
-    >>> [round(rate_at(s, 1.0, "cosine", 2, 6), 3) for s in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
-    """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def read_log(folder) -> list[dict]:
@@ -368,13 +316,11 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = {k: v for k, v in record.items() if k in ("loss", "top1", "pairs_per_s", "wait", "probe")}
-        if self.events:
-            for key, value in shown.items():
-                self.events.add_scalar(key, value, record["step"])
+        for key, value in shown.items() if self.events else ():
+            self.events.add_scalar(key, value, record["step"])
             self.events.flush()
         if "pairs" in record:
-            left = (self.total / record["step"] - 1) * record["pairs"] / record["pairs_per_s"]
-            shown["left"] = f"{left / 60:.0f} min"
+            shown["left"] = f"{(self.total / record['step'] - 1) * record['pairs'] / record['pairs_per_s'] / 60:.0f} min"
         if shown:
             tqdm.write(f"step {record['step']}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
             sys.stdout.flush()
@@ -429,8 +375,6 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------- the command
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description="Pre-train an encoder on unlabelled music. The defaults are the paper's.", allow_abbrev=False,
@@ -504,11 +448,10 @@ def train(args, clips, valid, Chain, model, device, amp):
     say = print if rank == 0 else (lambda text: None)
     torch.manual_seed(args.seed)  # the initialisation; everything later is drawn by `generator`
     encoder = model.build_encoder(args.encoder, width=args.width)
-    if cpc:
-        learner = CPCLoss(encoder)
-    else:
+    if args.recompute:
         encoder.recompute(args.recompute)
-        learner = CLMR(encoder, model.Projector(encoder.out_dim, args.projection), LOSSES[args.loss], args.temperature)
+    learner = CPCLoss(encoder) if cpc else CLMR(
+        encoder, model.Projector(encoder.out_dim, args.projection), LOSSES[args.loss], args.temperature)
     pairs = Pairs(clips.length, clips.group, encoder.input_samples, args.batch_size, args.seed, args.positives)
     chain = Chain(clips.sample_rate, args.transforms, args.probability)
     total = args.max_steps or args.epochs * pairs.steps_per_epoch
@@ -524,7 +467,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, "
                          "or --out for a new run")
     if size > 1 or (not gpu and amp == "off"):
-        learner = synchronise(learner, device)
+        learner = model.synchronise(learner, device)
     learner.to(device).train()
     if gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -542,13 +485,11 @@ def train(args, clips, valid, Chain, model, device, amp):
         say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
         return 0
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
-    log = None
-    if rank == 0:
-        versions = model.versions() | {"numpy": np.__version__}
-        log = Log(out, {"command": sys.argv, "code": code_version(), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                        "processes": size, "threads": torch.get_num_threads(), "device": str(device), "continued_from": done, "total": total,
-                        "songs": pairs.songs, "left_out": pairs.left_out, "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped,
-                        "config": config}, done, total, args.tensorboard)
+    head = {"command": sys.argv, "code": code_version(), "versions": model.versions() | {"numpy": np.__version__},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
+            "continued_from": done, "total": total, "songs": pairs.songs, "left_out": pairs.left_out,
+            "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
+    log = Log(out, head, done, total, args.tensorboard) if rank == 0 else None
 
     local, crops = args.batch_size // size, 1 if cpc else 2  # pairs of this process, crops of a pair
     mine, augmented = slice(rank * local, (rank + 1) * local), 1 if args.asymmetric else crops
@@ -565,17 +506,15 @@ def train(args, clips, valid, Chain, model, device, amp):
             negatives = [torch.randint(args.batch_size * n, (args.batch_size, n, 15), generator=values)[mine]]
         return (audio.pin_memory() if gpu else audio), draws, negatives
 
-    caught = []
+    prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: caught.append(n))
-    prefetch, sums = Prefetch(make, done, total), torch.zeros(2, device=device)
-    opened = began = time.perf_counter()
-    waited, logged, saved = 0.0, done, done
+    opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
         for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
             audio, draws, negatives = prefetch.get(step)
-            views = audio.to(device, non_blocking=True)
-            views = torch.cat([chain(views[: augmented * local], draws), views[augmented * local :]])
+            first, second = audio.to(device, non_blocking=True).tensor_split([augmented * local])
+            views = torch.cat([chain(first, draws), second])
             rate = optimiser.param_groups[0]["lr"] = rate_at(step, args.lr, args.schedule, args.warmup, total)
             with model.autocast(device, amp):
                 loss, top1 = parallel(views, *(n.to(device) for n in negatives))
@@ -605,13 +544,13 @@ def train(args, clips, valid, Chain, model, device, amp):
                 if log:
                     log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(loss, 5),
                                "top1": round(top1, 4), "lr": rate, "pairs_per_s": round((now - logged) * args.batch_size / elapsed, 2),
-                               "wait": round((prefetch.waited - waited) / elapsed, 4)})
+                               "wait": round(prefetch.waited / elapsed, 4)})
                 sums.zero_()
-                began, waited, logged = time.perf_counter(), prefetch.waited, now
+                began, prefetch.waited, logged = time.perf_counter(), 0.0, now
             if saves or stop:
                 if log:
-                    parts = {name: part.state_dict() for name, part in state.items()}
-                    save_checkpoint(out / "checkpoint.pt", {"step": now, "config": config, **parts})
+                    content = {"step": now, "config": config} | {name: part.state_dict() for name, part in state.items()}
+                    save_checkpoint(out / "checkpoint.pt", content)
                     model.save_encoder(out / "encoder.pt", encoder, sample_rate=clips.sample_rate, method=args.method, step=now, data=clips.name,
                                        data_folder=str(args.data), fingerprint=clips.fingerprint, batch_size=args.batch_size, seed=args.seed)
                 saved = now
@@ -655,7 +594,6 @@ def main(argv=None):
         check_arguments(parser, args)
     elif not (Path(args.plot) / "log.jsonl").is_file():
         parser.error(f"--plot {args.plot}: no log.jsonl there; give a run folder, e.g. runs/NAME")
-    size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         if args.plot:
             print(plot(args.plot))
@@ -663,11 +601,11 @@ def main(argv=None):
         try:
             folder, device = prepare.find(args.data), model.choose_device(args.device)
             amp = model.choose_amp(device, args.amp)
-            augment.Chain(prepare.SAMPLE_RATE, args.transforms or None, args.probability)  # are the names and numbers right?
+            augment.Chain(prepare.SAMPLE_RATE, args.transforms, args.probability)  # are the names and numbers right?
         except (ValueError, OSError) as error:
             parser.error(str(error))
         model.tune_allocator()
-        if size > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             enough = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
             dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
         return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp)
@@ -676,7 +614,7 @@ def main(argv=None):
             print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 1
     finally:
-        if size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

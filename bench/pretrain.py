@@ -48,7 +48,7 @@ def worker(variant, batch, steps):
         encoder.recompute(3 if variant == "recompute" else 0)
     learner = pretrain.CLMR(encoder, model.Projector())
     if variant == "float32":
-        learner = pretrain.synchronise(learner, "cpu")
+        learner = model.synchronise(learner, "cpu")
     amp = "off" if variant in ("released", "float32") else model.choose_amp("cpu")
     optimiser = torch.optim.Adam(learner.parameters(), lr=3e-4, **({} if variant == "released" else {"fused": True}))
     views, times, chains = torch.randn(2 * batch, 1, 59049) * 0.1, [], []
