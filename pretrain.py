@@ -24,57 +24,42 @@ import io
 import json
 import math
 import os
-import queue
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # the differentiable one
 from torch.nn import functional as F
 from tqdm import tqdm
 
+CHECKPOINT = "clmr-checkpoint-1"  # the format
+
 # ------------------------------------------------------------------------------ The loss, over any number of processes
-
-
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-class _Gather(torch.autograd.Function):
-    """Forward: all rows of all processes. Backward: the sum over processes of the gradients that arrive for our rows.
-
-    Each process's loss depends on every process's z, so the sum is needed; returning only the own slice leaves the loss
-    as it is and bends the gradient."""
-
-    @staticmethod
-    def forward(ctx, z):
-        rank, size = world()
-        ctx.rows = slice(rank * len(z), (rank + 1) * len(z))
-        parts = [torch.empty_like(z) for _ in range(size)]
-        dist.all_gather(parts, z.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.rows]
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def gather(z: Tensor) -> Tensor:
     """(B, P) of this process -> (N, P) of all processes in rank order, differentiable; one process: z itself.
 
-    All processes must hold the same number of rows. With DistributedDataParallel, which averages gradients, a mean over
-    local rows then gives exactly the gradient of the mean over all rows."""
-    return _Gather.apply(z) if world()[1] > 1 else z
+    All processes must hold the same number of rows. Each process's loss depends on every process's z, and the gradients
+    of our rows are summed over all of them (the own slice alone would bend the gradient): with DistributedDataParallel,
+    which averages, a mean over local rows gives exactly the gradient of the mean over all rows."""
+    rank, size = world()
+    if size == 1:
+        return z
+    everybody = z.new_zeros(size, *z.shape)
+    everybody[rank] = z
+    return all_reduce(everybody).flatten(0, 1)  # the others add zeros
 
 
 def similarities(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -91,8 +76,7 @@ def similarities(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, 
     z_i, z_j = (F.normalize(z.to(dtype), dim=1) for z in (z_i, z_j))
     B, rank = len(z_i), world()[0]
     keys = torch.cat([gather(z_i), gather(z_j)])  # (2N, P)
-    N = len(keys) // 2
-    own = torch.arange(rank * B, rank * B + B, device=z_i.device)
+    own, N = torch.arange(rank * B, rank * B + B, device=z_i.device), len(keys) // 2
     s = torch.cat([z_i, z_j]) @ keys.T / temperature  # (2B, 2N)
     s = s.scatter(1, torch.cat([own, own + N])[:, None], float("-inf"))
     return s, torch.cat([own + N, own])
@@ -106,8 +90,7 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
     Returns: the mean over this process's 2B views; the mean of that over processes is the loss of the global batch.
 
     >>> z = torch.eye(2); round(nt_xent(z, z, 0.5).item(), 4)     # log(1 + 2 exp(-2))
-    0.2395
-    """
+    0.2395"""
     return F.cross_entropy(*similarities(z_i, z_j, temperature))
 
 
@@ -116,8 +99,7 @@ def dcl(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
     small batches. Arguments and reduction as in `nt_xent`.
 
     >>> z = torch.eye(2); round(dcl(z, z, 0.5).item(), 4)         # -2 + log 2
-    -1.3069
-    """
+    -1.3069"""
     s, partner = similarities(z_i, z_j, temperature)
     positive = s.gather(1, partner[:, None])
     negatives = s.scatter(1, partner[:, None], float("-inf"))
@@ -135,8 +117,6 @@ def contrastive_top1(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------- CLMR and CPC as modules: two views in, loss and accuracy out
-
-
 class CLMR(nn.Module):
     """encoder and projector; `forward(views (2B, 1, T)) -> loss, top1`, rows 0..B-1 the first view of each pair."""
 
@@ -163,14 +143,12 @@ class CPCLoss(nn.Module):
 
     def forward(self, views, negatives):
         z, c = self.encoder.context(views)  # (B, n, 512), (B, n, 256)
-        B, n, D = z.shape
-        z = z.float()
+        z, (B, n, D) = z.float(), z.shape
         predictions = self.predictor(c).float().reshape(B, n, self.steps, D)
         others = gather(z).flatten(0, 1)[negatives]  # (B, n, 15, 512)
-        first = world()[0] * B
-        own = (torch.arange(first, first + B, device=z.device)[:, None] * n + torch.arange(n, device=z.device))[..., None]
+        own = world()[0] * B * n + torch.arange(B * n, device=z.device).reshape(B, n, 1)
         others_are_own = negatives == own  # a negative that is the true frame itself says nothing: left out
-        loss, hits = z.new_zeros(()), z.new_zeros(())
+        loss = hits = z.new_zeros(())
         for k in range(1, self.steps + 1):
             p = predictions[:, : n - k, k - 1]  # (B, n-k, 512): what the contexts say of the frame k ahead
             positive = (p * z[:, k:]).sum(-1, keepdim=True)
@@ -181,58 +159,7 @@ class CPCLoss(nn.Module):
         return loss / self.steps, hits / self.steps
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient of a sum that every process uses is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Sum.apply(grad)
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes on the CPU, where torch's own SyncBatchNorm refuses to work; same state-dict keys.
-
-    Also for one process in float32: torch's channels-last kernel adds up long columns one number after the other, which
-    puts gradients off by up to 3 % (against float64; here 2e-5), more than any number of processes would."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        over_processes = _Sum.apply if world()[1] > 1 else lambda t: t
-        high, dims, shape = x.to(torch.promote_types(x.dtype, torch.float32)), (0, 2, 3), (1, -1, 1, 1)
-        count = x.numel() / x.shape[1] * world()[1]
-        mean = over_processes(high.sum(dims).double()).div(count).to(high.dtype)
-        centred = high - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where features hardly vary, as they do early on
-        var = over_processes(centred.square().sum(dims).double()).div(count).to(high.dtype)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return torch.addcmul(self.bias.view(shape), centred, ((var + self.eps).rsqrt() * self.weight).view(shape)).to(x.dtype)
-
-
-def synchronise(module: nn.Module, device) -> nn.Module:
-    """Every batch norm of `module` replaced by one whose statistics go over all processes (section 3.2)."""
-    if torch.device(device).type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.BatchNorm2d:
-                norm = SyncBatchNorm(child.num_features, child.eps, child.momentum)
-                norm.load_state_dict(child.state_dict())
-                setattr(parent, name, norm.to(child.weight.dtype))
-    return module
-
-
 # --------------------------------------------------------------------------------------------- Which audio step s sees
-
-
 def generator(seed: int, *purpose) -> torch.Generator:
     """A CPU generator that depends on (seed, purpose) alone: no state is carried from step to step."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
@@ -242,17 +169,15 @@ def generator(seed: int, *purpose) -> torch.Generator:
 class Pairs:
     """The sampler: which two crops of which songs make up the global batch of a step.
 
-    Args:
-        length: (clips,) samples of each clip. group: (clips,) its song. n: samples of a crop (the encoder's input).
-        batch_size: N, pairs of the global batch. seed. positives: `song` draws both crops anywhere in the song,
-            `clip` both from one of its clips.
+    Args: length: (clips,) samples of each clip. group: (clips,) its song. n: samples of a crop (the encoder's input).
+    batch_size: N, pairs of the global batch. seed. positives: `song` draws both crops anywhere in the song, `clip` both
+    from one of its clips.
     Clips shorter than n take no part and are counted in `left_out`; the pairs that do not fill an epoch's last batch are
     dropped (`dropped` per epoch). No batch holds a song twice.
 
     >>> pairs = Pairs([100, 100, 50, 9], [0, 0, 1, 2], n=10, batch_size=2, seed=0)
     >>> pairs.left_out, pairs.steps_per_epoch, pairs.draw(0)[0].shape
-    (1, 1, (2, 2))
-    """
+    (1, 1, (2, 2))"""
 
     def __init__(self, length, group, n, batch_size, seed, positives="song"):
         length, group = np.asarray(length), np.asarray(group)
@@ -260,11 +185,10 @@ class Pairs:
         usable = np.flatnonzero(length >= n)
         self.left_out = len(length) - len(usable)
         self.clip = usable[np.argsort(group[usable], kind="stable")]  # clips of one song side by side
-        self.end = np.cumsum(length[self.clip] - n + 1)  # number of possible starts up to and with each clip
-        songs, first = np.unique(group[self.clip], return_index=True)
-        self.songs = len(songs)
-        self.low = np.concatenate([[0], self.end])[first]
-        self.high = np.concatenate([self.low[1:], self.end[-1:]])
+        first = np.unique(group[self.clip], return_index=True)[1]
+        # all possible starts in a row: those of the k-th clip are edges[k] .. edges[k + 1], of the k-th song bounds[k] ..
+        self.edges = np.concatenate([[0], np.cumsum(length[self.clip] - n + 1)])
+        self.bounds, self.songs = self.edges[np.append(first, len(self.clip))], len(first)
         if batch_size < 2:
             raise ValueError(f"--batch-size {batch_size}: the negatives are the other pairs of the batch, so at least 2 are needed")
         if self.songs < batch_size:
@@ -274,62 +198,51 @@ class Pairs:
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step -> clip (N, 2) and start (N, 2) in samples, of the first and second crop of every pair."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+        def between(edges, k, purpose):  # two of the starts edges[k] .. edges[k + 1] for each pair: (N, 2)
+            u = torch.rand(self.batch_size, 2, generator=generator(self.seed, purpose, step), dtype=torch.float64).numpy()
+            return edges[k, None] + (u * (edges[k + 1] - edges[k])[:, None]).astype(np.int64)
+
+        epoch, batch = divmod(step, self.steps_per_epoch)
         order = torch.randperm(self.songs, generator=generator(self.seed, "order", epoch)).numpy()
-        song = order[at * self.batch_size : (at + 1) * self.batch_size]
-        u = torch.rand(self.batch_size, 2, generator=generator(self.seed, "crops", step), dtype=torch.float64).numpy()
-        low, high = self.low[song, None], self.high[song, None]  # (N, 1)
-        if self.positives == "clip":  # the first number chooses the clip by its starts, then both crops come from inside it
-            place = np.searchsorted(self.end, low[:, 0] + (u[:, 0] * (high - low)[:, 0]).astype(np.int64), side="right")
-            high = self.end[place, None]
-            low = np.concatenate([[0], self.end])[place, None]
-            u = torch.rand(self.batch_size, 2, generator=generator(self.seed, "in clip", step), dtype=torch.float64).numpy()
-        at = low + np.floor(u * (high - low)).astype(np.int64)
-        place = np.searchsorted(self.end, at, side="right")  # (N, 2) position in self.clip
-        return self.clip[place], at - np.concatenate([[0], self.end])[place]
+        at = between(self.bounds, order[batch * self.batch_size : (batch + 1) * self.batch_size], "crops")
+        place = np.searchsorted(self.edges, at, side="right") - 1  # (N, 2), in self.clip
+        if self.positives == "clip":  # the first crop chooses the clip, by its starts, then both come from inside it
+            place = place[:, :1].repeat(2, 1)
+            at = between(self.edges, place[:, 0], "in clip")
+        return self.clip[place], at - self.edges[place]
+
+
+def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> float:
+    """The learning rate of a step, a pure function: linear warm-up, then constant (the paper) or half a cosine to zero.
+
+    >>> [round(rate_at(s, 1.0, "cosine", 2, 6), 3) for s in range(6)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]"""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class Prefetch:
     """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error there is raised here."""
 
-    def __init__(self, make, first, last, ahead=3):
-        self.queue, self.waited, self.stopped = queue.Queue(ahead), 0.0, False
-
-        def work():
-            for step in range(first, last):
-                try:
-                    item = (step, make(step), None)
-                except Exception as error:
-                    item = (step, None, error)
-                while not self.stopped:
-                    with contextlib.suppress(queue.Full):
-                        self.queue.put(item, timeout=0.2)
-                        break
-                if self.stopped or item[2] is not None:
-                    return
-
-        self.thread = threading.Thread(target=work, daemon=True)
-        self.thread.start()
+    def __init__(self, make, first, last, ahead=4):
+        self.make, self.next, self.last, self.ahead = make, first, last, ahead
+        self.thread, self.made, self.waited = ThreadPoolExecutor(1), {}, 0.0
 
     def get(self, step):
+        while self.next < min(step + 1 + self.ahead, self.last):
+            self.made[self.next] = self.thread.submit(self.make, self.next)
+            self.next += 1
         began = time.perf_counter()
-        made, item, error = self.queue.get()
+        item = self.made.pop(step).result()
         self.waited += time.perf_counter() - began
-        if error is not None:
-            raise error
-        assert made == step
         return item
 
     def close(self):
-        self.stopped = True
-        self.thread.join()
+        self.thread.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------- checkpoints that survive everything
-
-CHECKPOINT = "clmr-checkpoint-1"
-
-
+# ----------------------------------------- What a run leaves: checkpoints that survive everything, log, curves, probe
 def save_checkpoint(path, content: dict):
     """Write `content` (tensors, numbers, strings, lists, dicts) so that a good checkpoint exists at every moment.
 
@@ -359,35 +272,19 @@ def load_checkpoint(path) -> dict | None:
 
     Raises: ValueError when files are there but none can be read, so that no run is started over by accident."""
     path, broken = Path(path), []
-    for candidate in (path, path.with_suffix(".previous.pt")):
-        if candidate.exists():
-            try:
-                content = torch.load(candidate, map_location="cpu", weights_only=True)
-                if content["format"] != CHECKPOINT:
-                    raise ValueError(f"its format is not {CHECKPOINT!r}")
-            except Exception as error:  # whatever it is: not one of ours, or not whole
-                broken.append(f"{candidate} is damaged ({(str(error).splitlines() or [''])[0][:80]})")
-                continue
-            if broken:
-                print(f"pretrain.py: {broken[0]}; continuing from {candidate} (step {content['step']})", file=sys.stderr)
-            return content
+    for candidate in filter(Path.exists, (path, path.with_suffix(".previous.pt"))):
+        try:
+            content = torch.load(candidate, map_location="cpu", weights_only=True)
+            if content["format"] != CHECKPOINT:
+                raise ValueError(f"its format is not {CHECKPOINT!r}")
+        except Exception as error:  # whatever it is: not one of ours, or not whole
+            broken.append(f"{candidate} is damaged ({(str(error).splitlines() or [''])[0][:80]})")
+            continue
+        if broken:
+            print(f"pretrain.py: {broken[0]}; continuing from {candidate} (step {content['step']})", file=sys.stderr)
+        return content
     if broken:
         raise ValueError("; ".join(broken) + f"; no good checkpoint is left: move {path.parent} away to begin again")
-    return None
-
-
-# ------------------------------------------------------------------------------------ learning rate, log, curves
-
-
-def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> float:
-    """The learning rate of a step, a pure function: linear warm-up, then constant (the paper) or half a cosine to zero.
-
-    >>> [round(rate_at(s, 1.0, "cosine", 2, 6), 3) for s in range(6)]
-    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
-    """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr if schedule == "constant" else lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def read_log(folder) -> list[dict]:
@@ -400,15 +297,14 @@ def read_log(folder) -> list[dict]:
 
 
 class Log:
-    """log.jsonl and the progress on screen. Continuing at step `done` drops what an interrupted run wrote beyond it."""
+    """log.jsonl and its lines on screen. Continuing at step `done` drops what an interrupted run wrote beyond it."""
 
     def __init__(self, out, first, done, total, tensorboard=False):
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "log.jsonl"
-        kept = [r for r in read_log(out) if r.get("step", 0) <= done and not r.get("done")] if done and path.is_file() else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
-        self.file, self.total, self.events = open(path, "a"), total, None
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
+        self.path, self.total, self.events = out / "log.jsonl", total, None
+        kept = read_log(out) if done and self.path.is_file() else []
+        kept = [r for r in kept if r.get("step", 0) <= done and not r.get("done")]
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -417,71 +313,61 @@ class Log:
             self.events = SummaryWriter(out)
 
     def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
         shown = {k: v for k, v in record.items() if k in ("loss", "top1", "pairs_per_s", "wait", "probe")}
         for key, value in shown.items() if self.events else ():
             self.events.add_scalar(key, value, record["step"])
-        if not self.bar.disable:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(record["step"] - self.bar.n)
-        elif shown:
-            left = (self.total - record["step"]) * record["pairs"] / record["step"] / record["pairs_per_s"] / 60 if "pairs" in record else 0
-            print(f"step {record['step']}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  left {left:.0f} min" * (left > 0), flush=True)
-
-    def close(self):
-        for part in filter(None, (self.bar, self.file, self.events)):
-            part.close()
+            self.events.flush()
+        if "pairs" in record:
+            shown["left"] = f"{(self.total / record['step'] - 1) * record['pairs'] / record['pairs_per_s'] / 60:.0f} min"
+        if shown:
+            tqdm.write(f"step {record['step']}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+            sys.stdout.flush()
 
 
 def plot(folder) -> Path:
     """log.jsonl -> curves.png: loss, contrastive accuracy, probe and learning rate over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     titles = {"loss": "contrastive loss", "top1": "contrastive top-1", "probe": "quick probe, validation", "lr": "learning rate"}
     curves = {key: [(r["step"], r[key]) for r in read_log(folder) if key in r and "step" in r] for key in titles}
     curves = {key: points for key, points in curves.items() if points}
     if not curves:
         raise ValueError(f"{folder}/log.jsonl holds no steps yet; let the run reach its first --log-every")
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.2), layout="constrained")
-    for axis, (key, points) in zip(np.atleast_1d(axes), curves.items()):
+    figure = Figure(figsize=(4.2 * len(curves), 3.2), layout="constrained")
+    for axis, (key, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         axis.plot(*zip(*points), ".-" if key == "probe" else "-")
         axis.set(xlabel="step", title=titles[key])
         axis.grid(alpha=0.3)
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    plt.close(figure)
     return Path(folder) / "curves.png"
 
 
-def quick_probe(encoder, train, valid, device, most=600, ridge=1.0) -> float | None:
+def quick_probe(encoder, train, valid, device, most=600) -> float | None:
     """Ridge regression from the middle window of each clip to its labels: macro ROC-AUC (multi-label) or accuracy on
     validation, a coarse and quick picture of the representation (collapse shows at once); evaluate.py gives the numbers.
 
     Args: train, valid: Clips with labels; most: clips used of each, evenly spread. None where validation has no labels."""
+    from sklearn.linear_model import Ridge
     from sklearn.metrics import roc_auc_score
 
-    n, features, labels, training = encoder.input_samples, [], [], encoder.training
+    n, training = encoder.input_samples, encoder.training
+    labelled = [np.flatnonzero((clips.length >= n) & (clips.labels.sum(1) > 0)) for clips in (train, valid)]
+    if min(map(len, labelled)) < 2:
+        return None
+
+    @torch.no_grad()
+    def table(clips, rows):
+        rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+        windows = clips.crops(rows, (clips.length[rows] - n) // 2, n).split(16)
+        return torch.cat([encoder(w.to(device)).double().cpu() for w in windows]).numpy(), clips.labels[rows]
+
     encoder.eval()
-    for clips in (train, valid):
-        usable = np.flatnonzero((clips.length >= n) & (clips.labels.sum(1) > 0))
-        if len(usable) < 2:
-            encoder.train(training)
-            return None
-        usable = usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).astype(int)]
-        with torch.no_grad():
-            rows = [encoder(clips.crops(part, (clips.length[part] - n) // 2, n).to(device)).double().cpu()
-                    for part in np.array_split(usable, -(-len(usable) // 16))]
-        features.append(torch.cat(rows))
-        labels.append(torch.from_numpy(clips.labels[usable]).double())
+    (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
     encoder.train(training)
-    mean, std = features[0].mean(0), features[0].std(0).clamp_min(1e-9)
-    x, v = ((f - mean) / std for f in features)
-    bias, truth = labels[0].mean(0), labels[1].numpy()
-    weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (labels[0] - bias))
-    scores = (v @ weights + bias).numpy()
+    mean, std = x.mean(0), x.std(0, ddof=1).clip(1e-9)
+    scores = Ridge(alpha=len(x)).fit((x - mean) / std, y).predict((v - mean) / std).reshape(truth.shape)
     if train.task == "singlelabel":
         return float((scores.argmax(1) == truth.argmax(1)).mean())
     both = (truth.sum(0) > 0) & (truth.sum(0) < len(truth))
@@ -489,8 +375,6 @@ def quick_probe(encoder, train, valid, device, most=600, ridge=1.0) -> float | N
 
 
 # ---------------------------------------------------------------------------------------------------- the command
-
-
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description="Pre-train an encoder on unlabelled music. The defaults are the paper's.", allow_abbrev=False,
@@ -532,7 +416,7 @@ def build_parser():
 
 def check_arguments(parser, args):
     """Refuse whatever can be refused before any work is done; fill the defaults that depend on the method."""
-    cpc = args.method == "cpc"
+    cpc, size = args.method == "cpc", int(os.environ.get("WORLD_SIZE", 1))
     args.encoder = args.encoder or ("cpc" if cpc else "samplecnn")
     args.batch_size = (64 if cpc else 96) if args.batch_size is None else args.batch_size
     args.transforms = [] if args.transforms == ["none"] or (args.transforms is None and cpc) else args.transforms
@@ -542,14 +426,15 @@ def check_arguments(parser, args):
         parser.error(f"--encoder {args.encoder} does not go with --method {args.method}; clmr takes samplecnn or samplecnn-large, cpc takes cpc")
     if cpc and args.recompute:
         parser.error("--recompute is for the SampleCNN encoders; leave it out with --method cpc")
-    for name in ("batch_size", "epochs", "max_steps", "save_every", "log_every", "projection", "lr", "temperature", "width", "warmup", "probe_every", "recompute"):
+    may_be_0 = ("warmup", "probe_every", "recompute")
+    for name in ("batch_size", "epochs", "max_steps", "save_every", "log_every", "projection", "lr", "temperature", "width", *may_be_0):
         value = getattr(args, name)
-        if value is not None and not (0 if name in ("warmup", "probe_every", "recompute") else 1e-300) <= value < float("inf"):
+        if value is not None and not (0 <= value < math.inf and (value or name in may_be_0)):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range: a finite number above 0 is expected")
-    size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % size:
-        near = [n for n in (args.batch_size // size * size, -(-args.batch_size // size) * size) if n >= 2 * size]
-        parser.error(f"--batch-size {args.batch_size} does not divide by {size} processes; the nearest that do: {', '.join(map(str, near))}")
+        below = args.batch_size // size * size
+        near = ", ".join(str(n) for n in (below, below + size) if n >= 2 * size)
+        parser.error(f"--batch-size {args.batch_size} does not divide by {size} processes; the nearest that do: {near}")
     try:
         args.probability = {name: float(value) for name, _, value in (item.partition("=") for item in args.probability)}
     except ValueError:
@@ -559,42 +444,40 @@ def check_arguments(parser, args):
 def train(args, clips, valid, Chain, model, device, amp):
     """The run. Returns 0 when it is complete, 128 + the signal's number when a signal ended it early."""
     rank, size = world()
-    say = print if rank == 0 else (lambda *a, **k: None)
+    cpc, gpu = args.method == "cpc", device.type == "cuda"
+    say = print if rank == 0 else (lambda text: None)
     torch.manual_seed(args.seed)  # the initialisation; everything later is drawn by `generator`
     encoder = model.build_encoder(args.encoder, width=args.width)
-    if args.method == "cpc":
-        learner, frames = CPCLoss(encoder), encoder.frames_per_window
-    else:
+    if args.recompute:
         encoder.recompute(args.recompute)
-        learner = CLMR(encoder, model.Projector(encoder.out_dim, args.projection), LOSSES[args.loss], args.temperature)
+    learner = CPCLoss(encoder) if cpc else CLMR(
+        encoder, model.Projector(encoder.out_dim, args.projection), LOSSES[args.loss], args.temperature)
     pairs = Pairs(clips.length, clips.group, encoder.input_samples, args.batch_size, args.seed, args.positives)
-    chain = None if args.transforms == [] else Chain(clips.sample_rate, args.transforms, args.probability)
+    chain = Chain(clips.sample_rate, args.transforms, args.probability)
     total = args.max_steps or args.epochs * pairs.steps_per_epoch
 
     out = Path(args.out or Path("runs") / clips.name)
     free = ("data", "out", "device", "plot", "epochs", "max_steps", "save_every", "log_every", "probe_every", "tensorboard", "recompute")
     config = {k: v for k, v in vars(args).items() if k not in free} | {"amp": amp, "fingerprint": clips.fingerprint}
     config |= {"steps": total} if args.schedule == "cosine" else {}
-    checkpoint, done = load_checkpoint(out / "checkpoint.pt"), 0
-    if checkpoint:
-        then, done = checkpoint["config"], checkpoint["step"]
-        changed = [f"{k}: {then.get(k)!r} then, {config.get(k)!r} now" for k in {**config, **then} if then.get(k) != config.get(k)]
-        if changed:
-            raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, or --out for a new run")
-        learner.load_state_dict(checkpoint["learner"])
-    if size > 1 or (device.type == "cpu" and amp == "off"):
-        learner = synchronise(learner, device)
+    checkpoint = load_checkpoint(out / "checkpoint.pt") or {"step": 0, "config": config}
+    then, done = checkpoint["config"], checkpoint["step"]
+    changed = [f"{k}: {then.get(k)!r} then, {config.get(k)!r} now" for k in {**config, **then} if then.get(k) != config.get(k)]
+    if changed:
+        raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, "
+                         "or --out for a new run")
+    if size > 1 or (not gpu and amp == "off"):
+        learner = model.synchronise(learner, device)
     learner.to(device).train()
-    if device.type == "cuda":
+    if gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    if checkpoint:
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    parallel = learner
-    if size > 1:
-        parallel = nn.parallel.DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    state = {"learner": learner, "optimiser": optimiser, "scaler": scaler}
+    for name in state if done else ():
+        state[name].load_state_dict(checkpoint[name])
+    parallel = learner if size == 1 else nn.parallel.DistributedDataParallel(
+        learner, device_ids=[device.index] if gpu else None, broadcast_buffers=False)
 
     say(f"{clips.name}: {pairs.songs} songs, {pairs.steps_per_epoch} steps of {args.batch_size} pairs an epoch ({pairs.dropped} songs of each epoch's end "
         f"dropped, {pairs.left_out} clips shorter than {pairs.n} samples left out); {size} process{'es' * (size > 1)} on {device.type}, amp {amp}")
@@ -602,74 +485,58 @@ def train(args, clips, valid, Chain, model, device, amp):
         say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
         return 0
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
-    log = None
-    if rank == 0:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-        log = Log(out, {"command": sys.argv, "code": code_version(), "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                        "processes": size, "threads": torch.get_num_threads(), "device": str(device), "continued_from": done, "total": total,
-                        "songs": pairs.songs, "left_out": pairs.left_out, "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped,
-                        "config": config}, done, total, args.tensorboard)
+    head = {"command": sys.argv, "code": code_version(), "versions": model.versions() | {"numpy": np.__version__},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
+            "continued_from": done, "total": total, "songs": pairs.songs, "left_out": pairs.left_out,
+            "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
+    log = Log(out, head, done, total, args.tensorboard) if rank == 0 else None
 
-    local = args.batch_size // size
-    mine = slice(rank * local, (rank + 1) * local)
+    local, crops = args.batch_size // size, 1 if cpc else 2  # pairs of this process, crops of a pair
+    mine, augmented = slice(rank * local, (rank + 1) * local), 1 if args.asymmetric else crops
 
     def make(step):
         """The crops, augmentation values and negatives of this process's rows of the global batch."""
-        clip, start = pairs.draw(step)  # (N, 2)
-        views = 1 if args.method == "cpc" else 2
-        crops = clips.crops(*(table[mine, :views].T.reshape(-1) for table in (clip, start)), pairs.n)  # first views, then second
-        values, draws, negatives = generator(args.seed, "values", step), {}, None
-        if chain is not None:
-            views = 1 if args.asymmetric else views
-            draws = {k: torch.cat([v[i * args.batch_size :][mine] for i in range(views)]) for k, v in chain.draw(views * args.batch_size, values).items()}
-        if args.method == "cpc":
-            negatives = torch.randint(args.batch_size * frames, (args.batch_size, frames, 15), generator=values)[mine]
-        return (crops.pin_memory() if device.type == "cuda" else crops), draws, negatives
+        index, start = (table[mine, :crops].T.reshape(-1) for table in pairs.draw(step))  # first views, then second
+        audio, values = clips.crops(index, start, pairs.n), generator(args.seed, "values", step)
+        draws = chain.draw(augmented * args.batch_size, values)
+        draws = {k: v.unflatten(0, (augmented, -1))[:, mine].flatten(0, 1) for k, v in draws.items()}
+        negatives = []
+        if cpc:
+            n = encoder.frames_per_window
+            negatives = [torch.randint(args.batch_size * n, (args.batch_size, n, 15), generator=values)[mine]]
+        return (audio.pin_memory() if gpu else audio), draws, negatives
 
-    def save(step):
-        if rank == 0:
-            save_checkpoint(out / "checkpoint.pt", {"step": step, "config": config, "learner": learner.state_dict(),
-                                                    "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict()})
-            model.save_encoder(out / "encoder.pt", encoder, sample_rate=clips.sample_rate, method=args.method, step=step, data=clips.name,
-                               data_folder=str(args.data), fingerprint=clips.fingerprint, batch_size=args.batch_size, seed=args.seed)
-
-    caught = []
+    prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: caught.append(n))
-    prefetch, sums = Prefetch(make, done, total), torch.zeros(2, device=device)
-    opened = began = time.perf_counter()
-    waited, logged, saved, stop = 0.0, done, done if checkpoint else None, 0
+    opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
-        for step in range(done, total):
-            crops, draws, negatives = prefetch.get(step)
-            views = crops.to(device, non_blocking=True)
-            if draws:
-                rows = len(next(iter(draws.values())))
-                with torch.no_grad():
-                    views = torch.cat([chain(views[:rows], draws), views[rows:]])
-            rate = rate_at(step, args.lr, args.schedule, args.warmup, total)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+        for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
+            audio, draws, negatives = prefetch.get(step)
+            first, second = audio.to(device, non_blocking=True).tensor_split([augmented * local])
+            views = torch.cat([chain(first, draws), second])
+            rate = optimiser.param_groups[0]["lr"] = rate_at(step, args.lr, args.schedule, args.warmup, total)
             with model.autocast(device, amp):
-                loss, top1 = parallel(views) if negatives is None else parallel(views, negatives.to(device))
+                loss, top1 = parallel(views, *(n.to(device) for n in negatives))
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimiser)
             scaler.update()
             sums += torch.stack([loss.detach(), top1])
             now, last = step + 1, step + 1 == total
+            logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
 
             # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer anyway)
-            look = device.type == "cpu" or now % args.log_every == 0 or now % args.save_every == 0 or last or caught
+            look = not gpu or logs or saves or caught
             flags = torch.tensor([caught[0] if caught else 0, rank + 1 if look and not torch.isfinite(sums[0]) else 0])
             if size > 1:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, bad = flags.tolist()
             if bad:
-                where = f"{out}/checkpoint.pt, step {saved}" if saved is not None else "none was saved yet"
+                where = f"{out}/checkpoint.pt, step {saved}" if saved else "none was saved yet"
                 raise FloatingPointError(f"the loss is not finite at step {now}, process {bad - 1}; the last good checkpoint: {where}. "
                                          "Try a lower --lr, --amp off, or look for silent or broken clips with prepare.py --check")
-            if now % args.log_every == 0 or last or stop:
+            if logs or stop:
                 if size > 1:
                     dist.all_reduce(sums)
                 loss, top1 = (sums / size / (now - logged)).tolist()
@@ -677,29 +544,31 @@ def train(args, clips, valid, Chain, model, device, amp):
                 if log:
                     log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(loss, 5),
                                "top1": round(top1, 4), "lr": rate, "pairs_per_s": round((now - logged) * args.batch_size / elapsed, 2),
-                               "wait": round((prefetch.waited - waited) / elapsed, 4)})
+                               "wait": round(prefetch.waited / elapsed, 4)})
                 sums.zero_()
-                began, waited, logged = time.perf_counter(), prefetch.waited, now
-            if now % args.save_every == 0 or last or stop:
-                save(now)
+                began, prefetch.waited, logged = time.perf_counter(), 0.0, now
+            if saves or stop:
+                if log:
+                    content = {"step": now, "config": config} | {name: part.state_dict() for name, part in state.items()}
+                    save_checkpoint(out / "checkpoint.pt", content)
+                    model.save_encoder(out / "encoder.pt", encoder, sample_rate=clips.sample_rate, method=args.method, step=now, data=clips.name,
+                                       data_folder=str(args.data), fingerprint=clips.fingerprint, batch_size=args.batch_size, seed=args.seed)
                 saved = now
-            if log and args.probe_every and (now % args.probe_every == 0 or last) and clips.tags:
+            if log and probes and clips.tags:
                 value = quick_probe(encoder, clips, valid, device)
                 if value is not None:
                     log.write({"step": now, "probe": round(value, 5)})
                 began = time.perf_counter()
             if stop:
                 break
-        if log and not (stop and not last):
-            peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if log and last:
+            peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": round(peak, 2)})
         if size > 1:
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         prefetch.close()
-        if log:
-            log.close()
-    if stop and not last:
+    if not last:
         say(f"stopped after step {now} by {signal.Signals(stop).name}; the same command continues from there")
         return 128 + stop
     say(f"{out}/encoder.pt after {total} steps. Next: python evaluate.py --ckpt {out}/encoder.pt")
@@ -708,13 +577,10 @@ def train(args, clips, valid, Chain, model, device, amp):
 
 def code_version() -> str:
     """The git commit of this file's folder, `+` when it has changes; `unknown` outside a repository."""
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 def main(argv=None):
@@ -728,7 +594,6 @@ def main(argv=None):
         check_arguments(parser, args)
     elif not (Path(args.plot) / "log.jsonl").is_file():
         parser.error(f"--plot {args.plot}: no log.jsonl there; give a run folder, e.g. runs/NAME")
-    size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         if args.plot:
             print(plot(args.plot))
@@ -736,11 +601,11 @@ def main(argv=None):
         try:
             folder, device = prepare.find(args.data), model.choose_device(args.device)
             amp = model.choose_amp(device, args.amp)
-            augment.Chain(prepare.SAMPLE_RATE, args.transforms or None, args.probability)  # are the names and numbers right?
+            augment.Chain(prepare.SAMPLE_RATE, args.transforms, args.probability)  # are the names and numbers right?
         except (ValueError, OSError) as error:
             parser.error(str(error))
         model.tune_allocator()
-        if size > 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             enough = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
             dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
         return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp)
@@ -749,7 +614,7 @@ def main(argv=None):
             print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 1
     finally:
-        if size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

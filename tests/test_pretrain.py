@@ -1,7 +1,7 @@
 """pretrain.py: exact on any number of processes, unkillable, and honest about bad input.
 
-The toy tests start their own processes with torch.multiprocessing; the others run the script as a user does, plain or
-with torchrun (gloo, CPU)."""
+The toy tests start their own processes with torch.multiprocessing; those of kills, signals and equal weights run the script
+as a user does, plain or with torchrun (gloo, CPU); the others call its `main` here, which spares them the import of torch."""
 import copy
 import math
 import os
@@ -26,6 +26,22 @@ import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ["--width", "0.0625", "--batch-size", "4", "--amp", "off", "--device", "cpu", "--log-every", "1"]
+
+
+@pytest.fixture
+def command(capsys):
+    """command([...]) -> CompletedProcess of pretrain.py in this process; the handlers of signals stay pytest's."""
+    def command(args):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = pretrain.main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+    return command
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -118,7 +134,7 @@ def toy_run(rank, size, port, folder):
     for loss, function in pretrain.LOSSES.items():
         torch.manual_seed(0)
         learner = pretrain.CLMR(Toy(), nn.Identity(), function, 0.5).double()
-        learner = pretrain.synchronise(learner, "cpu") if size > 1 else learner
+        learner = model.synchronise(learner, "cpu") if size > 1 else learner
         parallel = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False) if size > 1 else learner
         optimiser = torch.optim.SGD(learner.parameters(), lr=0.1)
         for step in range(5):
@@ -169,8 +185,8 @@ def test_the_norm_of_our_own_is_as_good_as_float64(tmp_path):
     upstream = torch.randn(x.shape, dtype=torch.float64) * (x > 2)
     for dtype, ours in ((torch.float64, False), (torch.float32, True)):
         layer = copy.deepcopy(norm).to(dtype)
-        layer = pretrain.synchronise(nn.Sequential(layer), "cpu")[0] if ours else layer
-        assert ours == isinstance(layer, pretrain.SyncBatchNorm)
+        layer = model.synchronise(nn.Sequential(layer), "cpu")[0] if ours else layer
+        assert ours == isinstance(layer, model.SyncBatchNorm)
         leaf = x.to(dtype).requires_grad_()
         y = layer(leaf)
         y.backward(upstream.to(dtype))
@@ -360,7 +376,7 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, run, flags, uninterrupt
         assert same(out, uninterrupted)
 
 
-def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path, run, flags, uninterrupted):
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path, run, command, flags, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
@@ -369,7 +385,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path, run, flags
     assert same(out, uninterrupted)
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (out / name).write_bytes(b"")
-    done = run(["pretrain.py", *flags, "--out", out])
+    done = command([*flags, "--out", out])
     assert done.returncode == 1 and "no good checkpoint is left" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -399,21 +415,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, run, flags, uninterrup
     assert same(out, uninterrupted)
 
 
-def test_a_finished_run_says_so_and_another_configuration_is_refused(tmp_path, run, flags, uninterrupted):
+def test_a_finished_run_says_so_and_another_configuration_is_refused(tmp_path, command, flags, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    done = run(["pretrain.py", *flags, "--out", out])
+    done = command([*flags, "--out", out])
     assert done.returncode == 0 and "is complete at step 12" in done.stdout
-    done = run(["pretrain.py", *flags, "--out", out, "--lr", "0.1", "--temperature", "0.2"])
+    done = command([*flags, "--out", out, "--lr", "0.1", "--temperature", "0.2"])
     assert done.returncode == 1 and "lr: 0.0003 then, 0.1 now" in done.stderr and "temperature: 0.5 then, 0.2 now" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    done = run(["pretrain.py", *flags, "--out", out, "--max-steps", 14])
+    done = command([*flags, "--out", out, "--max-steps", 14])
     assert done.returncode == 0 and "continuing from step 12 of 14" in done.stdout, done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, run, flags):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, command, flags):
     out = tmp_path / "run"
-    done = run(["pretrain.py", *flags, "--out", out, "--lr", "1e38", "--save-every", 1])
+    done = command([*flags, "--out", out, "--lr", "1e38", "--save-every", 1])
     assert done.returncode == 1 and "not finite at step" in done.stderr and "process 0" in done.stderr and "checkpoint.pt, step" in done.stderr, done.stderr
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert f"step {saved['step']}." in done.stderr
@@ -429,8 +445,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, run, flags):
     ["--encoder", "samplecnn-large", "--recompute", "2", "--amp", "bf16"],
     ["--method", "cpc"],
 ])
-def test_every_method_takes_a_step_and_gives_an_encoder(tmp_path, run, tiny_data, extra):
-    done = run(["pretrain.py", "--data", tiny_data, *TOY, "--max-steps", 2, "--out", tmp_path / "run", *extra])
+def test_every_method_takes_a_step_and_gives_an_encoder(tmp_path, command, tiny_data, extra):
+    done = command(["--data", tiny_data, *TOY, "--max-steps", 2, "--out", tmp_path / "run", *extra])
     assert done.returncode == 0, done.stderr
     encoder, info = model.load_encoder(tmp_path / "run/encoder.pt")
     assert info["step"] == 2 and info["method"] == ("cpc" if "cpc" in extra else "clmr") and info["sample_rate"] == 22050
@@ -438,7 +454,7 @@ def test_every_method_takes_a_step_and_gives_an_encoder(tmp_path, run, tiny_data
     assert len(losses) == 2 and all(map(math.isfinite, losses))
 
 
-def test_it_learns(tmp_path, run, tiny_data):
+def test_it_learns(tmp_path, run, command, tiny_data):
     """Forty steps on twelve songs: the loss falls clearly below chance, which is log(2N - 1)."""
     done = run(["pretrain.py", "--data", tiny_data, *TOY, "--batch-size", 8, "--max-steps", 40, "--lr", "1e-3", "--probe-every", 20, "--out", tmp_path / "run",
                 "--transforms", "polarity", "gain"])
@@ -447,7 +463,7 @@ def test_it_learns(tmp_path, run, tiny_data):
     losses = [r["loss"] for r in log if "loss" in r]
     assert np.mean(losses[-5:]) < 0.8 * math.log(15) and np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
     assert len([r for r in log if "probe" in r]) == 2 and log[-1]["done"]
-    assert run(["pretrain.py", "--plot", tmp_path / "run"]).returncode == 0 and (tmp_path / "run/curves.png").stat().st_size > 5000
+    assert command(["--plot", tmp_path / "run"]).returncode == 0 and (tmp_path / "run/curves.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("args, code, says", [
@@ -463,13 +479,13 @@ def test_it_learns(tmp_path, run, tiny_data):
     (["--plot", "nowhere"], 2, "nowhere"),
     ([], 2, "--data"),
 ])
-def test_bad_commands_are_one_line(tmp_path, run, tiny_data, args, code, says):
-    args = [str(tiny_data) if a == "TINY" else a for a in args]
-    done = run(["pretrain.py", *args, "--out", tmp_path / "run"])
+def test_bad_commands_are_one_line(tmp_path, command, tiny_data, args, code, says):
+    done = command([tiny_data if a == "TINY" else a for a in args] + ["--out", tmp_path / "run"])
     assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2 and not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path, tiny_data):
-    done = torchrun(2, "--data", tiny_data, "--batch-size", 7, "--out", tmp_path / "run")
-    assert done.returncode != 0 and "the nearest that do: 6, 8" in done.stderr
+def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path, command, tiny_data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    done = command(["--data", tiny_data, "--batch-size", 7, "--out", tmp_path / "run"])
+    assert done.returncode == 2 and "the nearest that do: 6, 8" in done.stderr
