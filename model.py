@@ -40,6 +40,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------- The machine: three choices that every script makes in the same way
+
 def tune_allocator():
     """Keep freed memory in the process (glibc only; elsewhere it does nothing). Call it before the first large tensor.
 
@@ -90,6 +91,7 @@ def autocast(device, amp="auto"):
 
 
 # ----------------------------------------------------------------------------------------- SampleCNN 3^9 (section 3.3)
+
 def he_init(module):
     """He initialisation of every convolution (section 3.7), biases at zero. Use with `encoder.apply(he_init)`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -185,6 +187,7 @@ class SampleCNNLarge(SampleCNN):
 
 
 # ------------------------------------------------- Contrastive Predictive Coding (section 3.5), the paper's comparison
+
 class CPC(nn.Module):
     """CPC's encoder: seven strided convolutions (480 samples a frame) and a GRU whose state is the context.
 
@@ -307,6 +310,7 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------------- The encoder file
+
 FORMAT = "clmr-encoder-1"
 
 
@@ -439,6 +443,7 @@ def _authors_keys(state):
 
 
 # --------------------------------------------------------------------------------- Exports that work without this file
+
 class Exported(nn.Module):
     """What encoder.ts and tagger.ts hold: windows, the encoder, an optional head, and the mean over windows.
 
@@ -547,6 +552,7 @@ def export_program(encoder: nn.Module, path, sample_rate: int, info=None) -> dic
 
 
 # --------------------------------------------------------------------------------------------------------- The command
+
 def table(encoder: nn.Module) -> str:
     """One line per layer with its output shape and parameters, for one window."""
     lines, encoder = [], copy.deepcopy(encoder).eval()

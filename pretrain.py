@@ -43,6 +43,7 @@ from tqdm import tqdm
 CHECKPOINT = "clmr-checkpoint-1"  # the format
 
 # ------------------------------------------------------------------------------ The loss, over any number of processes
+
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -117,6 +118,7 @@ def contrastive_top1(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------- CLMR and CPC as modules: two views in, loss and accuracy out
+
 class CLMR(nn.Module):
     """encoder and projector; `forward(views (2B, 1, T)) -> loss, top1`, rows 0..B-1 the first view of each pair."""
 
@@ -160,6 +162,7 @@ class CPCLoss(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------- Which audio step s sees
+
 def generator(seed: int, *purpose) -> torch.Generator:
     """A CPU generator that depends on (seed, purpose) alone: no state is carried from step to step."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
@@ -243,6 +246,7 @@ class Prefetch:
 
 
 # ----------------------------------------- What a run leaves: checkpoints that survive everything, log, curves, probe
+
 def save_checkpoint(path, content: dict):
     """Write `content` (tensors, numbers, strings, lists, dicts) so that a good checkpoint exists at every moment.
 
@@ -375,6 +379,7 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------- the command
+
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="pretrain.py", description="Pre-train an encoder on unlabelled music. The defaults are the paper's.", allow_abbrev=False,
