@@ -12,27 +12,25 @@ once. A linear layer (`--hidden 512`: one hidden layer) is trained on the window
 each epoch (of at least `--min-steps` steps) the validation clips are scored; `--patience` epochs without a better score
 end it, the best state is kept. A clip's score is the mean of its windows' probabilities. Test clips are scored once, by
 the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
-
-Reported, in [0, 1]. Multilabel: ROC-AUC and PR-AUC (average precision), mean over tags and over clips; a tag or clip
-without a positive or without a negative has neither, is left out and counted. Single label: accuracy and confusion (a
-row is a true label). With mean and standard deviation over seeds, a 95 % bootstrap interval over test songs, and beside
-the untrained control (`--random`) the paired interval of the difference.
+Reported, in [0, 1]: the metrics of `score`, mean and standard deviation over seeds, a 95 % bootstrap interval over test
+songs, and beside the untrained control (`--random`) the paired interval of the difference.
 
 Leaves behind, beside the checkpoint or where `--out`, `--export` say: evaluate-DATA.json, which explains the numbers;
 encoder.ts, encoder.pt2, tagger.ts; features in data/NAME/features/. `--embed`: a FILE.npz for each file, `embedding`
-(n, D) and `timestamps` (n,), the windows' starts in seconds. A README's tables stand between `<!-- table: x.json -->`
-and `<!-- /table -->`; `--table README.md` renews them. Pictures of results: transfer.py.
+(n, D) and `timestamps` (n,), the windows' starts in seconds. `--table README.md` renews the tables that stand there
+between `<!-- table: x.json -->` and `<!-- /table -->`. Pictures of results: transfer.py.
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +56,8 @@ def windows(length, size, hop=None):
     >>> windows([7, 2, 6], 3)
     (array([0, 0, 2, 2]), array([0, 3, 0, 3]))
     """
-    hop = size if hop is None else hop
-    length = np.asarray(length, np.int64).reshape(-1)
-    count = np.where(length >= size, (length - size) // hop + 1, 0)
+    hop, length = hop or size, np.asarray(length, np.int64).reshape(-1)
+    count = np.maximum(0, (length - size) // hop + 1)
     clip = np.repeat(np.arange(len(length)), count)
     return clip, (np.arange(len(clip)) - np.repeat(np.cumsum(count) - count, count)) * hop
 
@@ -74,32 +71,14 @@ def crops(clips, clip, start, size, batch_size=16):
 
 @torch.no_grad()
 def embed(encoder, batches):
-    """Features of windows: batches (b, 1, T), of one tensor x `x.split(16)`, -> (n, D) float32 on the CPU.
-
-    The encoder is put into eval mode, and keeps its precision and device: no row depends on another.
+    """Features of windows: batches (b, 1, T), of one tensor x `x.split(16)`, -> (n, D) float32 on the CPU. The encoder
+    is put into eval mode, and keeps its precision and device: no row depends on another.
 
     >>> embed(nn.Sequential(nn.Flatten(), nn.Linear(8, 4)), torch.zeros(5, 1, 8).split(2)).shape
     torch.Size([5, 4])
     """
     like = next(encoder.eval().parameters())
     return torch.cat([encoder(x.to(like)).float().cpu() for x in batches])
-
-
-def features(encoder, clips, size, batch_size=16, cache=None):
-    """Features of all windows of all clips -> (n, D) float32, in the order of `windows`. Computed once, if `cache` is a
-    file to keep them in, named after everything that they depend on. clips: with `length` and `crops`."""
-    clip, start = windows(clips.length, size)
-    with contextlib.suppress(Exception):  # what cannot be read is computed again
-        h = torch.from_numpy(np.load(cache)["h"])
-        if len(h) == len(clip):
-            return h
-    h = embed(encoder, crops(clips, clip, start, size, batch_size))
-    with contextlib.suppress(OSError, TypeError):  # where the data is read-only, each time
-        partial = Path(cache).with_suffix(".partial.npz")
-        partial.parent.mkdir(exist_ok=True)
-        np.savez(partial, h=h.numpy())
-        partial.replace(cache)
-    return h
 
 
 def take_fraction(labels, fraction, seed=0, mode="balanced"):
@@ -121,15 +100,15 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
         _, kind, count = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
         order = rng.permutation(len(labels))
         order = order[np.argsort(kind.reshape(-1)[order], kind="stable")]  # by combination, at random within each
-        rank = np.arange(len(labels)) - np.repeat(np.cumsum(count) - count, count)
-        return np.sort(order[rank < np.repeat(np.maximum(1, (count * fraction).astype(int)), count)])
-    n, n_tags, tags = max(1, round(fraction * len(labels))), labels.shape[1], labels.sum(1, keepdims=True)
+        parts = [rows[: max(1, int(fraction * len(rows)))] for rows in np.split(order, np.cumsum(count)[:-1])]
+        return np.sort(np.concatenate(parts))
+    n_tags, tags = labels.shape[1], labels.sum(1, keepdims=True)
     classes = np.concatenate([labels, tags == np.unique(tags)], 1)  # those with equally many tags are a class too
     total = classes.sum(0)
     rarity = np.where(np.arange(len(total)) < n_tags, total, len(labels))  # ... that never goes before a tag
     queues = [iter(rng.permutation(np.flatnonzero(column)).tolist()) for column in classes.T]
     taken, count = np.zeros(len(labels), bool), np.zeros(len(total), int)
-    for _ in range(n):
+    for _ in range(max(1, round(fraction * len(labels)))):
         k = np.lexsort((rarity, np.where(count < total, count / np.maximum(total, 1), np.inf)))[0]
         if count[k]:
             i = next(i for i in queues[k] if not taken[i])
@@ -140,8 +119,6 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
         count += classes[i]
     return np.flatnonzero(taken)
 
-
-# ------------------------------------------------------------------------------------------------------------ training
 
 def validation(logits, labels, clip, task):
     """What training keeps the best of: (mean of the clips' ROC-AUC and PR-AUC, or their accuracy; then minus the loss).
@@ -156,9 +133,8 @@ def validation(logits, labels, clip, task):
 
 def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=5, epochs=1000,
           autocast=contextlib.nullcontext):
-    """Adam until `patience` epochs in a row have not bettered `validate()`; the module keeps its best state.
-
-    batches(): the (x, y) of an epoch; validate(): as `validation`. Returns {epochs, best_epoch, valid, valid_loss}."""
+    """Adam until `patience` epochs in a row have not bettered `validate()`; the module keeps its best state. batches():
+    the (x, y) of an epoch; validate(): as `validation`. Returns {epochs, best_epoch, valid, valid_loss}."""
     optimiser = torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     best, kept, best_epoch, epoch = (-math.inf,), None, 0, 0
     while epoch < epochs and epoch - best_epoch < patience:
@@ -171,8 +147,7 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
             LOSS[task](logits.float(), y).backward()
             optimiser.step()
         module.eval()
-        with torch.no_grad():
-            value = validate()
+        value = validate()
         if value > best:
             best, best_epoch, kept = value, epoch, {key: tensor.clone() for key, tensor in module.state_dict().items()}
     module.load_state_dict(kept)
@@ -181,25 +156,25 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
 
 def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0,
               **how):
-    """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7).
+    """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7) -> the module (n, D)
+    -> (n, K) logits that was best in validation, and what `train` says.
 
-    Args: x (n, D), y (n, K) 0/1: training windows; valid_x (m, D), valid_y (m, K), valid_clip (m,): validation windows,
-        and the clip each is of; min_steps: an epoch has at least so many (MagnaTagATune's has 731), so a small set is
-        gone through several times in one; how: lr, weight_decay, patience, epochs of `train`.
-    Returns: the module (n, D) -> (n, K) logits that was best in validation, and what `train` says.
+    x (n, D), y (n, K) 0/1: training windows; valid_x (m, D), valid_y (m, K), valid_clip (m,): validation windows, and
+    the clip each is of; min_steps: an epoch has at least so many (MagnaTagATune's has 731), so a small set is gone
+    through several times in one; how: lr, weight_decay, patience, epochs of `train`.
 
     >>> x = torch.eye(4).repeat(50, 1)
     >>> probe, fit = fit_probe(x, x, x, x, np.arange(200), lr=0.1, epochs=1)
     >>> bool((probe(x).argmax(1) == x.argmax(1)).all())
     True
     """
-    generator, layers, y, valid_y = torch.Generator().manual_seed(seed), [], y.float(), valid_y.float()
-    sizes = [x.shape[1], hidden, y.shape[1]] if hidden else [x.shape[1], y.shape[1]]
+    layers, sizes, threads = [], [x.shape[1], *[hidden] * (hidden > 0), y.shape[1]], torch.get_num_threads()
+    generator, y, valid_y = torch.Generator().manual_seed(seed), y.float(), valid_y.float()
     for fan_in, fan_out in zip(sizes, sizes[1:]):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         for parameter in layers[-2].parameters():  # torch's own start, but from this generator
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)
-    probe, threads = nn.Sequential(*layers[:-1]), torch.get_num_threads()
+    probe = nn.Sequential(*layers[:-1])
 
     def batches():
         for _ in range(math.ceil(min_steps / math.ceil(len(x) / batch_size))):
@@ -213,11 +188,10 @@ def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, b
 
 
 def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0):
-    """Logistic regression on standardised features, to the optimum: is the optimiser of `fit_probe` the bottleneck?
-
-    The minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation;
-    the standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
-    centre, scale, y, best = x.mean(0), x.std(0).clamp_min(1e-6), y.float(), ((-math.inf,),)
+    """Logistic regression on standardised features, to the optimum: is the optimiser of `fit_probe` the bottleneck? The
+    minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation; the
+    standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
+    centre, scale, y, fits = x.mean(0), x.std(0).clamp_min(1e-6), y.float(), []
     z, layer, n = (x - centre) / scale, nn.Linear(x.shape[1], y.shape[1]), y.numel() if task == "multilabel" else len(y)
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     for strength in strengths:  # each from the optimum of the one before
@@ -234,9 +208,8 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
             probe[0].weight.copy_(layer.weight / scale)
             probe[0].bias.copy_(layer.bias - probe[0].weight @ centre)
             value = validation(probe(valid_x), valid_y.float(), valid_clip, task)
-        fit = {"strength": strength, "valid": value[0], "valid_loss": -value[1]}
-        best = max(best, (value, probe, fit), key=lambda b: b[0])
-    return best[1:]
+        fits.append((value, probe, {"strength": strength, "valid": value[0], "valid_loss": -value[1]}))
+    return max(fits, key=lambda fit: fit[0])[1:]
 
 
 def load_probe(path):
@@ -256,141 +229,120 @@ def load_probe(path):
     return fit
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
-
 def clip_scores(logits, clip, n_clips, task="multilabel", clip_score="sigmoid"):
     """The score of a clip, the mean over its windows (section 4.1): logits (n, K), clip (n,) in 0 .. n_clips - 1 ->
     (n_clips, K) float64. clip_score: `sigmoid`, the mean probability; `logit`, the probability of the mean logit."""
     link = torch.sigmoid if task == "multilabel" else lambda x: x.softmax(1)
-    values, clip = torch.as_tensor(logits).detach().double(), torch.as_tensor(clip)
+    values, clip = torch.as_tensor(logits).detach().cpu().double(), torch.as_tensor(clip).cpu()
     values = link(values) if clip_score == "sigmoid" else values
     mean = torch.zeros(n_clips, values.shape[1], dtype=torch.float64).index_add_(0, clip, values)
     mean /= torch.bincount(clip, minlength=n_clips)[:, None]
     return (mean if clip_score == "sigmoid" else link(mean)).numpy()
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def rank_metrics(scores, labels, weights=None):
     """ROC-AUC and average precision of each row, with ties and weights as in scikit-learn, for all rows at once.
 
-    Args: scores (R, N); labels (R, N) 0/1; weights: None, or (B, N) with R = 1: one result for each weighting.
-    Returns: roc_auc, pr_auc, each (R,) or (B,) float64; NaN where positives or negatives are missing.
+    scores, labels (R, N) -> roc_auc, pr_auc, each (R,) float64, NaN where positives or negatives are missing. With
+    weights (B, N) and R = 1: a result for each weighting, (B,).
 
     >>> rank_metrics(np.array([[0.1, 0.4, 0.35, 0.8]]), np.array([[0, 0, 1, 1]]))
     (array([0.75]), array([0.83333333]))
     """
-    scores = np.asarray(scores, np.float64)
-    order = np.argsort(-scores, axis=-1, kind="stable")
-    s, y = np.take_along_axis(scores, order, -1), np.take_along_axis(np.asarray(labels) > 0, order, -1)
-    w = np.ones(scores.shape) if weights is None else np.take_along_axis(np.asarray(weights, np.float64), order, -1)
+    order = np.argsort(-np.asarray(scores, np.float64), axis=-1, kind="stable")
+    weights = np.ones(order.shape) if weights is None else np.asarray(weights, np.float64)
+    s, y, w = (np.take_along_axis(np.asarray(a), order, -1) for a in (scores, labels, weights))
     # equal scores pass a threshold together, so what counts at each place is the sum up to the end of its ties
     last = np.concatenate([s[:, 1:] != s[:, :-1], np.ones((len(s), 1), bool)], 1)
     end = np.minimum.accumulate(np.where(last, np.arange(s.shape[1]), s.shape[1])[:, ::-1], 1)[:, ::-1]
-    positive, negative = w * y, w * ~y
+    positive, negative = w * (y > 0), w * ~(y > 0)
     tp, fp = (np.take_along_axis(np.cumsum(a, 1), end, 1) for a in (positive, negative))
     p, n = positive.sum(1), negative.sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # pairs won, counted from the negatives (ties in) and from the positives (ties out): the mean halves the ties
-        roc = ((negative * tp).sum(1) + (positive * (n[:, None] - fp)).sum(1)) / (2 * p * n)
-        pr = (positive * tp / np.maximum(tp + fp, 1e-300)).sum(1) / p
+    # pairs won, counted from the negatives (ties in) and from the positives (ties out): the mean halves the ties
+    roc = ((negative * tp).sum(1) + (positive * (n[:, None] - fp)).sum(1)) / (2 * p * n)
+    pr = (positive * tp / np.maximum(tp + fp, 1e-300)).sum(1) / p
     return roc, np.where(n > 0, pr, np.nan)
 
 
-def score(scores, labels, task="multilabel"):
+@np.errstate(invalid="ignore")
+def score(scores, labels, task="multilabel", weights=None):
     """Metrics of clip scores (N, K), probabilities or anything in the same order, and labels (N, K) 0/1 (section 4.1).
 
-    Returns: multilabel: roc_auc, pr_auc (mean over tags), clip_roc_auc, clip_pr_auc (mean over clips), tag_roc_auc, tag
-        (K,: PR-AUC), tags_left_out, clips_left_out; singlelabel: accuracy, confusion (K, K), tag (K,: recall). What
-        does not exist (no positive, no negative) is NaN, and left out of the means.
+    Returns: multilabel: roc_auc, pr_auc (average precision), the means over tags, clip_roc_auc, clip_pr_auc, the means
+        over clips, tag_roc_auc, tag (K,: PR-AUC), tags_left_out, clips_left_out; singlelabel: accuracy, tag (K,:
+        recall), confusion (K, K), a row is a true label. What does not exist (no positive, no negative) is NaN, and
+        left out of the means. With weights of the clips (B, N): B of each, no counts.
     Raises: ValueError: shapes that differ, no clip, or scores that are NaN.
 
-    >>> score(np.eye(3), np.eye(3, dtype=int), "singlelabel")["accuracy"]
+    >>> score(np.eye(3), np.eye(3, dtype=int), "singlelabel")["accuracy"].item()
     1.0
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    scores, labels = (np.asarray(x.detach().cpu().double() if torch.is_tensor(x) else x, np.float64)
+                      for x in (scores, labels))
     if scores.shape != labels.shape or scores.ndim != 2 or not len(scores):
         raise ValueError(f"expected scores and labels of one shape (N, K); got {scores.shape} and {labels.shape}")
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).any(1).sum())} of {len(scores)} clips have NaN scores")
+    w, k = np.ones((1, len(scores))) if weights is None else weights, labels.shape[1]
     if task == "singlelabel":
-        confusion = np.zeros((labels.shape[1],) * 2, int)
-        np.add.at(confusion, (labels.argmax(1), scores.argmax(1)), 1)
-        recall = [row[k] / row.sum() if row.any() else math.nan for k, row in enumerate(confusion)]
-        return {"accuracy": float(confusion.trace() / len(scores)), "confusion": confusion, "tag": np.array(recall)}
-    (roc, pr), (clip_roc, clip_pr) = rank_metrics(scores.T, labels.T), rank_metrics(scores, labels)
-    return {"roc_auc": mean(roc), "pr_auc": mean(pr), "clip_roc_auc": mean(clip_roc), "clip_pr_auc": mean(clip_pr),
-            "tags_left_out": int(np.isnan(roc).sum()), "clips_left_out": int(np.isnan(clip_roc).sum()),
-            "tag_roc_auc": roc, "tag": pr}
+        truth, guess = labels.argmax(1), scores.argmax(1)
+        right = labels * (truth == guess)[:, None]
+        result = {"accuracy": w @ right.sum(1) / w.sum(1), "tag": w @ right / (w @ labels)}
+        counts = {"confusion": np.bincount(truth * k + guess, minlength=k * k).reshape(k, k)}
+    else:
+        roc, pr = tags = np.empty((2, len(w), k))
+        for j, i in itertools.product(range(k), range(0, len(w), 64)):  # blocks of resamples that stay in the cache
+            tags[:, i : i + 64, j] = rank_metrics(scores[None, :, j], labels[None, :, j], w[i : i + 64])
+        result = {"roc_auc": mean(roc), "pr_auc": mean(pr), "tag_roc_auc": roc, "tag": pr}
+        for name, values in zip(("clip_roc_auc", "clip_pr_auc"), rank_metrics(scores, labels)):
+            result[name] = w @ np.nan_to_num(values) / (w @ ~np.isnan(values))
+        counts = {f"{what}_left_out": int((labels.min(axis) == labels.max(axis)).sum())
+                  for axis, what in enumerate(("tags", "clips"))}
+    return result if weights is not None else {**{name: value[0] for name, value in result.items()}, **counts}
 
 
+@np.errstate(invalid="ignore")
 def mean(values, axis=-1):
     """The mean of what is not NaN; NaN, without a warning, where all is."""
-    count = (~np.isnan(values)).sum(axis)
-    return np.nan_to_num(values).sum(axis) / np.where(count == 0, np.nan, count)
+    return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 
 def interval(draws, value):
     """95 % interval from draws (n, ...) of a value (...) -> (2, ...): their middle 95 %, moved by the distance of their
     mean from the value, since average precision is on average larger in a resample, where songs occur twice."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: a tag that was left out
-        return np.nanquantile(draws, (0.025, 0.975), axis=0) - mean(draws, 0) + value
+    known = np.where(np.isnan(draws).all(0), 0, draws)  # or numpy warns of a tag that was left out; its mean is NaN
+    return np.nanquantile(known, (0.025, 0.975), axis=0) - mean(draws, 0) + value
 
 
 def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
-    """Resample the test songs, group (N,), with replacement (clips of a song stay together); take all metrics again.
-
-    Args: scores (S, N, K) of S seeds; labels (N, K). Returns: {metric: (n,)}, the mean of the seeds; `tag` (n, K). The
-    same data and seed give the same resamples, so two encoders can be compared resample by resample."""
-    song, runs = np.unique(group, return_inverse=True)[1].reshape(-1), []
+    """Resample the test songs, group (N,), with replacement (clips of a song stay together); take all metrics again:
+    scores (S, N, K) of S seeds, labels (N, K) -> {metric: (n,)}, the mean of the seeds; `tag` (n, K). The same data and
+    seed give the same resamples, so two encoders can be compared resample by resample."""
+    song = np.unique(group, return_inverse=True)[1].reshape(-1)
     share = np.full(song.max() + 1, 1 / (song.max() + 1))
     weights = np.random.default_rng([seed, 3]).multinomial(len(share), share, n)[:, song].astype(np.float64)  # (n, N)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for s in np.asarray(scores):
-            if task == "singlelabel":
-                right = labels * (s.argmax(1) == labels.argmax(1))[:, None]
-                recall = weights @ right / (weights @ labels)
-                runs.append({"accuracy": weights @ right.sum(1) / weights.sum(1), "tag": recall})
-                continue
-            tags = np.empty((2, n, labels.shape[1]))
-            for k in range(labels.shape[1]):
-                for i in range(0, n, 64):  # blocks of resamples that stay in the cache
-                    tags[:, i : i + 64, k] = rank_metrics(s[None, :, k], labels[None, :, k], weights[i : i + 64])
-            runs.append({"roc_auc": mean(tags[0]), "pr_auc": mean(tags[1]), "tag": tags[1]})
-            for name, values in zip(("clip_roc_auc", "clip_pr_auc"), rank_metrics(s, labels)):
-                runs[-1][name] = weights @ np.nan_to_num(values) / (weights @ ~np.isnan(values))
+    runs = [score(s, labels, task, weights) for s in scores]
     return {name: np.mean([run[name] for run in runs], 0) for name in runs[0]}
 
 
-# ------------------------------------------------------------------------------------------------------------ protocol
-
 def usable(clips, size):
     """{split: its windows (n,), as indices into those of `windows(clips.length, size)`}, {split: counts}."""
-    clip, rows, counts, short = windows(clips.length, size)[0], {}, {}, clips.length < size
-    labelled = clips.labels.sum(1) == 1 if clips.task == "singlelabel" else np.ones(len(clips), bool)
+    clip, rows, counts = windows(clips.length, size)[0], {}, {}
+    labelled, long = (clips.labels.sum(1) == 1) | (clips.task != "singlelabel"), clips.length >= size
     for i, split in enumerate(("train", "valid", "test")):
-        rows[split] = np.flatnonzero((labelled & (clips.split == i))[clip])
-        of = clip[rows[split]]
-        counts[split] = {"clips": len(np.unique(of)), "songs": len(np.unique(clips.group[of])), "windows": len(of),
-                         "too_short": int((short & (clips.split == i)).sum()),
-                         "without_label": int((~labelled & (clips.split == i)).sum())}
-        if not len(rows[split]):
+        here = clips.split == i
+        good = here & labelled & long
+        rows[split] = np.flatnonzero(good[clip])
+        counts[split] = {"clips": int(good.sum()), "songs": len(set(clips.group[good])), "windows": len(rows[split]),
+                         "too_short": int((here & ~long).sum()), "without_label": int((here & ~labelled).sum())}
+        if not good.any():
             raise ValueError(f"{clips.name}: no usable clip in {split} ({counts[split]}); it takes train, valid, test")
     return rows, counts
 
 
-def probe_on(h, clip, clips, rows, fit=fit_probe, **options):
-    """For `evaluate`: a function (training windows, seed) -> (probe, what `fit` says, logits of the test windows)."""
-    y, valid = torch.from_numpy(clips.labels)[clip], rows["valid"]
-
-    def run(chosen, seed):
-        probe, info = fit(h[chosen], y[chosen], h[valid], y[valid], clip[valid], clips.task, seed=seed, **options)
-        return probe, info, probe(h[rows["test"]])
-    return run
-
-
 def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=contextlib.nullcontext, **options):
-    """The same with encoder and layer trained together (section 4.3): the supervised baseline, or fine-tuning.
-
+    """For `evaluate`: encoder and layer trained together (section 4.3), the supervised baseline, or fine-tuning.
     build(seed): the encoder to start from. An epoch is one random window of every clip; of mode v1 its windows."""
     labels = torch.from_numpy(clips.labels).float()
 
@@ -424,44 +376,42 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
     """The protocol at the head of this file -> one dict per fraction: mean, std, interval of each metric; per_tag; runs
     (per seed: what was kept, how training went, every metric). Keys that begin with _ are not for the JSON.
 
-    Args: fit: from `probe_on` or `network_on`. clips: all of a prepared data set. size: samples of a window."""
-    clip, rows, results, names = windows(clips.length, size)[0], usable(clips, size)[0], [], list(METRICS[clips.task])
+    fit(training windows, seed) -> the trained module, a dict that says how training went, the logits of the test
+    windows. clips: all of a prepared data set. size: samples of a window."""
+    clip, rows, y, results = windows(clips.length, size)[0], usable(clips, size)[0], clips.labels, []
     test, where = np.unique(clip[rows["test"]], return_inverse=True)
-    y, owner = clips.labels, clip[rows["train"]]
+    unit = rows["train"] if mode == "v1" else clip[rows["train"]]  # what is drawn: windows, or clips
+    units, first = np.unique(unit, return_index=True)
     for fraction in fractions:
-        runs, scores, modules = [], [], []
+        runs = []
         for seed in seeds:
-            if mode == "v1":
-                chosen = rows["train"][take_fraction(y[owner], fraction, seed, mode)]
-            else:
-                chosen = np.unique(owner)[take_fraction(y[np.unique(owner)], fraction, seed)]
-                chosen = rows["train"][np.isin(owner, chosen)]
+            drawn = units[take_fraction(y[clip[rows["train"][first]]], fraction, seed, mode)]
+            chosen = rows["train"][np.isin(unit, drawn)]
             module, info, logits = fit(chosen, seed)
-            modules.append(module)
-            scores.append(clip_scores(logits, where, len(test), clips.task, clip_score))
-            kept = np.unique(clip[chosen])
-            runs.append({"seed": seed, "clips": len(kept), "songs": len(np.unique(clips.group[kept])),
-                         "windows": len(chosen), "positives": y[kept].sum(0, dtype=int), **info,
-                         **score(scores[-1], y[test], clips.task)})
+            kept, scores = np.unique(clip[chosen]), clip_scores(logits, where, len(test), clips.task, clip_score)
+            runs.append({"seed": seed, "clips": len(kept), "songs": len(set(clips.group[kept])), "windows": len(chosen),
+                         "positives": y[kept].sum(0, dtype=int), **info, **score(scores, y[test], clips.task),
+                         "_scores": scores, "_module": module})
+        scores = [run["_scores"] for run in runs]
         draws = bootstrap(scores, y[test], clips.group[test], clips.task, resamples)
-        each = {name: np.stack([run[name] for run in runs]) for name in (*names, "tag")}
+        each = {name: np.stack([run[name] for run in runs]) for name in (*METRICS[clips.task], "tag")}
         value = {name: mean(each[name], 0) for name in each}
         span = {name: interval(draws[name], value[name]) for name in each}
+        per_tag = [{"positives": n, "value": v, "interval": s}
+                   for n, v, s in zip(y[test].sum(0, dtype=int), value.pop("tag"), span.pop("tag").T)]
         results.append({
-            "fraction": fraction, "mean": {name: value[name] for name in names},
-            "std": {name: each[name].std(ddof=1) if len(runs) > 1 else None for name in names},
-            "interval": {name: span[name] for name in names},
-            "per_tag": {tag: {"positives": y[test, k].sum(dtype=int), "value": value["tag"][k],
-                              "interval": span["tag"][:, k]} for k, tag in enumerate(clips.tags)},
-            "runs": runs, "_draws": draws, "_scores": np.mean(scores, 0),
-            "_module": modules[int(np.argmax([run["valid"] for run in runs]))]})
+            "fraction": fraction, "mean": value, "interval": span, "per_tag": dict(zip(clips.tags, per_tag)),
+            "std": {name: each[name].std(ddof=1) if len(runs) > 1 else None for name in value}, "runs": runs,
+            "_draws": draws, "_scores": np.mean(scores, 0),
+            "_module": max(runs, key=lambda run: run["valid"])["_module"]})
     return results
 
 
-def cell(value, std=None, span=None):
-    """In percent: mean, standard deviation over seeds, interval: 77.3 ± 0.2 [75.0, 79.0]."""
-    text = f"{100 * value:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
-    return text + (f" [{100 * span[0]:.1f}, {100 * span[1]:.1f}]" if span is not None else "")
+def cell(row, metric):
+    """A metric in percent: mean, standard deviation over seeds, interval: 77.3 ± 0.2 [75.0, 79.0]."""
+    value, std, (low, high) = (row[key][metric] for key in ("mean", "std", "interval"))
+    spread = "" if std is None else f" ± {100 * std:.1f}"
+    return f"{100 * value:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def to_json(result):
@@ -486,8 +436,6 @@ def refresh(text, root):
                   lambda m: m[1] + table(json.loads((Path(root) / m[2]).read_text())) + m[3], text, flags=re.S)
 
 
-# ------------------------------------------------------------------------------------------------------------- program
-
 def run(args, clips, encoder, info, model):
     """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
     if clips.task == "none":
@@ -495,77 +443,105 @@ def run(args, clips, encoder, info, model):
     if info.get("sample_rate") not in (None, clips.sample_rate):
         raise ValueError(f"the encoder works at {info['sample_rate']} Hz, {clips.name} is at {clips.sample_rate} Hz: "
                          f"prepare it again with --sample-rate {info['sample_rate']}")
-    device, kind, names = model.choose_device(args.device), info.get("encoder", args.encoder), METRICS[clips.task]
-    sizes = {**info.get("sizes", {"width": args.width}), **({"pool": args.pool} if args.pool else {})}
+    device, names, kept, before = model.choose_device(args.device), METRICS[clips.task], {}, {}
+    kind, sizes = info.get("encoder", args.encoder), dict(info.get("sizes", {"width": args.width}))
+    sizes.update({"pool": args.pool} if args.pool else {})
 
-    def build(seed, state=None):
+    def build(seed, state):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             new = model.build_encoder(kind, **sizes)
         new.load_state_dict(state or new.state_dict())
         return new.eval()
 
-    def frozen(new):
+    def features(new):
+        """Of all windows (n, D), on the CPU. They are kept in a file, named after everything that they depend on."""
         amp, before[new] = model.choose_amp(device, args.amp), model.weights_sha256(new)
         key = json.dumps([before[new], new.name, new.sizes, clips.fingerprint, amp]).encode()
         cache = clips.folder / "features" / f"{hashlib.sha256(key).hexdigest()[:24]}.npz"
+        with contextlib.suppress(Exception):  # what cannot be read is computed again
+            return torch.from_numpy(np.load(cache)["h"])
         fast = model.fold_batch_norm(new).to(device, DTYPE[amp])
-        return features(fast, clips, size, 16 if device.type == "cpu" else 256, cache)
+        h = embed(fast, crops(clips, clip, start, size, 16 if device.type == "cpu" else 256))
+        with contextlib.suppress(OSError):  # where the data is read-only, each time
+            cache.parent.mkdir(exist_ok=True)
+            np.savez(cache.with_suffix(".partial.npz"), h=h)
+            cache.with_suffix(".partial.npz").replace(cache)
+        return h
 
-    state, size, before, kept, jobs = encoder and encoder.state_dict(), build(0).input_samples, {}, [], []
-    (rows, counts), clip = usable(clips, size), windows(clips.length, size)[0]
+    state = encoder and encoder.state_dict()
+    base = build(args.seed, state)
+    size = base.input_samples
+    (rows, counts), (clip, start) = usable(clips, size), windows(clips.length, size)
     both = {"lr": args.lr, "weight_decay": args.weight_decay, "patience": args.patience, "epochs": args.epochs}
-    head, how = f"hidden {args.hidden}" if args.hidden else args.probe.replace("adam", "linear"), {"fit": fit_lbfgs}
-    if args.head:
-        head, how = args.head.name, {"fit": load_probe(args.head)}
-    elif args.probe == "adam":
-        how = {**both, "hidden": args.hidden, "min_steps": args.min_steps, "batch_size": args.batch_size or 256}
-    for label, new in ((f"{info.get('method')}, {info.get('step') or 0:,d} steps", encoder and build(0, state)),
-                       ("untrained", args.random and build(args.seed))):
-        if new:
-            kept.append(frozen(new))
-            jobs.append((label, head, probe_on(kept[-1], clip, clips, rows, **how)))
-    for label, wanted, start in (("supervised", args.supervised, None), ("fine-tuned", args.finetune, state)):
+    head, fit = f"hidden {args.hidden}" if args.hidden else "linear", partial(
+        fit_probe, hidden=args.hidden, min_steps=args.min_steps, batch_size=args.batch_size or 256, **both)
+    if args.head or args.probe == "lbfgs":
+        head, fit = (args.head.name, load_probe(args.head)) if args.head else ("lbfgs", fit_lbfgs)
+    if encoder:
+        kept[f"{info.get('method')}, {info.get('step') or 0:,d} steps"] = features(base)
+    if args.random:
+        kept["untrained"] = features(build(args.seed, None))
+    y, valid = torch.from_numpy(clips.labels)[clip], rows["valid"]
+
+    def on_features(h, chosen, seed):
+        probe, said = fit(h[chosen], y[chosen], h[valid], y[valid], clip[valid], clips.task, seed=seed)
+        return probe, said, probe(h[rows["test"]])
+
+    jobs = [(label, head, partial(on_features, h)) for label, h in kept.items()]
+    for label, wanted, begin in (("supervised", args.supervised, None), ("fine-tuned", args.finetune, state)):
         if wanted:
             jobs.append((label, "end to end", network_on(
-                lambda seed, start=start: build(seed, start).to(device), clips, rows, args.fraction_mode,
+                lambda seed, begin=begin: build(seed, begin).to(device), clips, rows, args.fraction_mode,
                 args.batch_size or 48, lambda: model.autocast(device, args.amp), **both)))
-    seeds = range(args.seed, args.seed + args.seeds)
-    results = [{"model": label, "probe": probe, **result} for label, probe, fit in jobs for result in
-               evaluate(fit, clips, size, args.fraction, seeds, args.fraction_mode, args.clip_score, args.bootstrap)]
+    how = args.fraction, range(args.seed, args.seed + args.seeds), args.fraction_mode, args.clip_score, args.bootstrap
+    results = [{"model": label, "probe": probe, **result} for label, probe, trained in jobs
+               for result in evaluate(trained, clips, size, *how)]
     if any(model.weights_sha256(new) != sha256 for new, sha256 in before.items()):
         raise RuntimeError("an encoder changed while it was evaluated: these are not the numbers of a frozen encoder")
-    for control in [r for r in results if r["model"] == "untrained"]:
-        for r in [r for r in results if r["fraction"] == control["fraction"] and r is not control]:
-            less = {m: r["mean"][m] - control["mean"][m] for m in names}
-            r["over_untrained"] = {m: {"mean": less[m], "interval": interval(
-                r["_draws"][m] - control["_draws"][m], less[m])} for m in names}
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    control = {r["fraction"]: r for r in results if r["model"] == "untrained"}
+    for r in results:
+        if r["model"] != "untrained" and control:
+            other = control[r["fraction"]]
+            less = {m: r["mean"][m] - other["mean"][m] for m in names}
+            span = {m: interval(r["_draws"][m] - other["_draws"][m], less[m]) for m in names}
+            r["over_untrained"] = {m: {"mean": less[m], "interval": span[m]} for m in names}
+    git = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip()
+    counted, split = " / ".join(str(c["clips"]) for c in counts.values()), clips.meta.get("split_name")
+    lines = [{"model": r["model"], "probe": r["probe"],
+              "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
+              **{text: cell(r, m) for m, text in names.items()}} for r in results]
+    caption = (f"{clips.name}, {counted} clips to train / validate / test ({split}). In percent: mean ± standard "
+               f"deviation over {args.seeds} seeds, [95 % interval over test songs].")
     return {
-        "kind": "evaluate",
-        "caption": f"{clips.name}, {' / '.join(str(c['clips']) for c in counts.values())} clips to train / validate / "
-        f"test ({clips.meta.get('split_name')}). In percent: mean ± standard deviation over {args.seeds} seeds, [95 % "
-        "interval over test songs].", "table": [
-            {"model": r["model"], "probe": r["probe"],
-             "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
-             **{text: cell(r["mean"][m], r["std"][m], r["interval"][m]) for m, text in names.items()}}
-            for r in results],
-        "data": {"name": clips.name, "split": clips.meta.get("split_name"), "counts": counts, "tags": clips.tags,
-                 "fingerprint": clips.fingerprint, "task": clips.task},
+        "kind": "evaluate", "caption": caption, "table": lines,
+        "data": {"name": clips.name, "split": split, "counts": counts, "tags": clips.tags, "task": clips.task,
+                 "fingerprint": clips.fingerprint},
         "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
         "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit or None, "device": str(device),
-        "protocol": vars(args), "results": results, "_encoder": build(0, state), "_features": kept}
+        "protocol": vars(args), "results": results, "_encoder": base, "_features": list(kept.values())}
 
 
-def frames(net, waveform, hop=None):
-    """Audio (T,) -> rows (n, D or K) of its windows, every `hop` seconds; their starts (n,) in seconds. Audio shorter
-    than a window is padded with silence. net: with `frames`, `sample_rate`, `input_samples`, as encoder.ts has."""
-    step = net.input_samples if hop is None else max(1, round(hop * net.sample_rate))
-    waveform = F.pad(waveform, (0, max(0, net.input_samples - len(waveform))))
-    with torch.no_grad():
-        rows = net.frames(waveform[None, None].to(next(net.parameters())), step)[0].float().cpu().numpy()
-    return rows, np.arange(len(rows)) * step / net.sample_rate
+@torch.no_grad()
+def frames(net, pieces, hop=None):
+    """Audio in pieces (T,), as `prepare.stream` gives it -> of its windows, one every `hop` seconds: rows (n, D or K),
+    starts (n,) in seconds; and whether it is shorter than a window, and was padded with silence. net: with `frames`,
+    `sample_rate`, `input_samples`, as encoder.ts has. This takes the memory of a piece, whatever the length."""
+    size, like, audio, ahead, rows = net.input_samples, next(net.parameters()), torch.zeros(0), 0, []
+    step = size if hop is None else max(1, round(hop * net.sample_rate))
+
+    def of(audio):
+        return net.frames(audio[None, None].to(like), step)[0].float().cpu().numpy()
+    for piece in pieces:
+        audio, ahead = torch.cat([audio, piece[ahead:]]), max(0, ahead - len(piece))
+        if len(audio) >= size:
+            rows.append(of(audio))
+            done = len(rows[-1]) * step  # where the next window starts: with a hop above a window, perhaps further on
+            audio, ahead = audio[done:], max(0, done - len(audio))
+    short = not rows
+    rows = np.concatenate(rows or [of(F.pad(audio, (0, size - len(audio))))])
+    return rows, np.arange(len(rows)) * step / net.sample_rate, short
 
 
 def tags_over_time(path, rows, starts, tags, seconds):
@@ -580,44 +556,41 @@ def tags_over_time(path, rows, starts, tags, seconds):
 
 def take_home(args, prepare, model):
     """--embed: OUT/NAME.npz for every file, and every audio file of every folder; --tag: top tags -> the exit code."""
+    device, jobs, failed = model.choose_device(args.device), {}, []
     if args.ckpt.suffix == ".ts":
-        net = torch.jit.load(args.ckpt, map_location=model.choose_device(args.device))
+        net = torch.jit.load(args.ckpt, map_location=device)
     else:
-        (encoder, info), device = model.load_encoder(args.ckpt), model.choose_device(args.device)
+        encoder, info = model.load_encoder(args.ckpt)
         net = model.Exported(model.fold_batch_norm(encoder), info["sample_rate"] or prepare.SAMPLE_RATE)
         net.to(device, DTYPE[model.choose_amp(device, args.amp)]).eval()
     if args.tag and not net.tags:
         raise ValueError(f"{args.ckpt} knows no tags: expected a tagger.ts, which an evaluation leaves")
-    out, seconds, jobs, failed = args.out or Path("embeddings"), net.input_samples / net.sample_rate, {}, []
     for file in args.tag or ():
-        rows, starts = frames(net, prepare.decode(file, net.sample_rate), args.hop)
+        rows, starts, _ = frames(net, prepare.stream(file, net.sample_rate), args.hop)
         best = rows.mean(0).argsort()[::-1][:10]
-        print("\n".join([str(file)] + [f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best]))
+        print(file, *(f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best), sep="\n")
         if args.plot:
-            picture = (args.out or Path()) / f"{file.name}.png"
-            tags_over_time(picture, rows[:, best], starts, [net.tags[k] for k in best], seconds)
+            tags_over_time((args.out or Path()) / f"{file.name}.png", rows[:, best], starts,
+                           [net.tags[k] for k in best], net.input_samples / net.sample_rate)
     for path in args.embed or ():
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in prepare.AUDIO)
-        for file in inside if path.is_dir() else [path]:
-            target = out / f"{file.relative_to(path) if path.is_dir() else file.name}.npz"
+        for name, file in (prepare.audio_files(path) if path.is_dir() else {path.name: path}).items():
+            target = (args.out or Path("embeddings")) / f"{name}.npz"
             if jobs.setdefault(target, file) != file:
                 raise ValueError(f"{jobs[target]} and {file} would both become {target}: embed them one by one")
     for target, file in jobs.items():
-        if args.overwrite or not target.exists():
-            try:
-                waveform = prepare.decode(file, net.sample_rate)
-            except (ValueError, OSError) as error:
-                failed.append(str(error))
-                continue
-            rows, starts = frames(net, waveform, args.hop)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
-            target.with_suffix(".partial.npz").replace(target)
-            short = ", shorter than a window, padded with silence" if len(waveform) < net.input_samples else ""
-            print(f"{target} {rows.shape}{short}")
+        if target.exists() and not args.overwrite:
+            continue
+        try:
+            rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
+        except (ValueError, OSError) as error:
+            failed.append(f"failed: {error}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
+        target.with_suffix(".partial.npz").replace(target)
+        print(f"{target} {rows.shape}{', shorter than a window, padded with silence' * short}")
     if jobs:
-        lines = [f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *(f"failed: {why}" for why in failed)]
-        print("\n".join(lines))
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *failed, sep="\n")
     return int(len(failed) > 0)
 
 
@@ -672,11 +645,11 @@ def main(argv=None):
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
+    paths = (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ()))
+    missing = [str(path) for path in paths if path and not path.exists()]
     numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "bootstrap")]
-    for path in (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ())):
-        if path and not path.exists():
-            parser.error(f"{path}: no such file")
     for wrong, what in (
+            (missing, f"{', '.join(missing)}: no such file"),
             (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt runs/NAME/encoder.pt"),
             (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
@@ -695,28 +668,25 @@ def main(argv=None):
         if args.table:
             return 0
         encoder, info = model.load_encoder(args.ckpt) if args.ckpt else (None, {})
-        if not (args.data or info.get("data")):
-            parser.error("type --data NAME: on which prepared data?")
         try:
-            clips = prepare.Clips(prepare.find(args.data or info["data"]))
+            clips = prepare.Clips(prepare.find(args.data or info.get("data") or "NAME"))
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
         result = run(args, clips, encoder, info, model)
         result["argv"] = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
         home = args.ckpt.parent if args.ckpt else Path("runs")
-        out = args.out or home / f"evaluate-{clips.name}.json"
+        out, folder = args.out or home / f"evaluate-{clips.name}.json", args.export or home
         model.write_atomically(out, to_json(result).encode())
         print(f"{table(result)}\n{out}")
         if encoder:
             probed = result["results"][: len(args.fraction)]  # the first rows are this encoder's
-            probe = max(probed, key=lambda r: r["fraction"])["_module"]
-            tagger = {"head": probe, "tags": clips.tags, "task": clips.task}
-            facts = {"data": clips.name, "fingerprint": clips.fingerprint}
-            for name, export, options in (("encoder.ts", model.export_torchscript, {}),
-                                          ("encoder.pt2", model.export_program, {}),
-                                          ("tagger.ts", model.export_torchscript, tagger)):
-                export(result["_encoder"], (args.export or home) / name, clips.sample_rate, info=facts, **options)
-                print((args.export or home) / name)
+            head = max(probed, key=lambda r: r["fraction"])["_module"]
+            what = {"encoder": result["_encoder"], "sample_rate": clips.sample_rate,
+                    "info": {"data": clips.name, "fingerprint": clips.fingerprint}}
+            model.export_torchscript(path=folder / "encoder.ts", **what)
+            model.export_program(path=folder / "encoder.pt2", **what)
+            model.export_torchscript(path=folder / "tagger.ts", head=head, tags=clips.tags, task=clips.task, **what)
+            print(*(folder / name for name in ("encoder.ts", "encoder.pt2", "tagger.ts")), sep="\n")
         return 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)

@@ -587,6 +587,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out and not args.ckpt:
         parser.error("--out exports a trained encoder: name it with --ckpt runs/NAME/encoder.pt")
+    if args.ckpt and not Path(args.ckpt).exists():
+        parser.error(f"{args.ckpt}: no such file")
     try:
         encoder, info = load_encoder(args.ckpt) if args.ckpt else (build_encoder(args.encoder, width=args.width), {})
         print(table(encoder))

@@ -79,9 +79,9 @@ def decode(path, sample_rate=SAMPLE_RATE):
     return load(path, sample_rate)[0]
 
 
-def load(path, sample_rate):
-    """`decode`, and of the source: (waveform (T,), {rate in Hz, peak, clipped: the share of flat-topped samples})."""
-    path, blocks = Path(path), []
+def _read(path):
+    """Yield (rate in Hz, mono samples (n,)) block by block, at the end an empty one; raise what `decode` raises."""
+    path, n, wrong = Path(path), 0, 0
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -93,21 +93,29 @@ def load(path, sample_rate):
             # Block by block: a 40-minute stereo track in one piece would take four times the memory. (Not by
             # SoundFile.blocks, which fills up a file that ends early with whatever is in memory.)
             while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
-                blocks.append(block @ np.full(block.shape[1], 1 / block.shape[1], np.float32))
+                block = block @ np.full(block.shape[1], 1 / block.shape[1], np.float32)
+                n, wrong = n + len(block), wrong + int((~np.isfinite(block)).sum())
+                yield rate, block
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         reason = "not recognised as audio" if "does not exist" in reason else reason  # libsndfile, of a bad mp3
         raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff") from None
-    x = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    if len(x) == 0:
+    if n == 0:
         raise ValueError(f"{path}: no samples in it")
     size = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)  # wav, aiff; a piped wav promises 2 or 4 GiB
     if size and int(size[1]) < 0x7FFFF000:
         promised *= int(size[1]) / max(1, int(size[2]))
-    if len(x) < 0.98 * promised or ("lacks an end-of-stream bit" in log and "Junk after" in log):
-        raise ValueError(f"{path}: cut off: it ends after {len(x) / rate:.1f} s in the middle of the file")
-    if not np.isfinite(x).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(x)).sum())} of {len(x)} samples are NaN or infinite")
+    if n < 0.98 * promised or ("lacks an end-of-stream bit" in log and "Junk after" in log):
+        raise ValueError(f"{path}: cut off: it ends after {n / rate:.1f} s in the middle of the file")
+    if wrong:
+        raise ValueError(f"{path}: {wrong} of {n} samples are NaN or infinite")
+    yield rate, np.zeros(0, np.float32)
+
+
+def load(path, sample_rate):
+    """`decode`, and of the source: (waveform (T,), {rate in Hz, peak, clipped: the share of flat-topped samples})."""
+    (rate, *_), blocks = zip(*_read(path))
+    x = np.concatenate(blocks)
     peak = float(np.abs(x).max())
     flat = np.abs(x) >= 0.9999 * peak
     clipped = float((flat[:-2] & flat[1:-1] & flat[2:]).mean()) if peak > 0.9 and len(x) > 2 else 0.0
@@ -129,6 +137,27 @@ def resample(x, rate, new_rate):
     n = math.ceil(len(x) * new_rate / rate)
     frames = torch.nn.functional.pad(x, (width, width + 2 * hop)).unfold(0, len(filters), hop)
     return (frames @ filters).reshape(-1)[:n]
+
+
+def stream(path, sample_rate=SAMPLE_RATE):
+    """`decode` in bounded memory: yields pieces (n,) that in a row are what it returns. A file of more than some minutes
+    is read twice: only its end tells whether it is whole, and its peak."""
+    def pieces():
+        x = None
+        for rate, block in _read(path):
+            ratio = Fraction(sample_rate, rate).limit_denominator(1000)
+            up, down, margin = ratio.numerator, ratio.denominator, 40 * ratio.denominator  # more than the filters' width
+            x = torch.zeros(margin) if x is None else x
+            x = torch.cat([x, torch.from_numpy(block), torch.zeros(0 if len(block) else margin)])
+            n = len(x) - 2 * margin  # so many have their neighbours on both sides
+            n = max(0, n - n % down) if len(block) else n
+            yield resample(x, down, up)[40 * up :][: math.ceil(n * up / down)]
+            x = x[n:]
+    kept, peak = [], 1.0
+    for piece in pieces():
+        kept, peak = [*kept[:16], piece], np.abs(piece.numpy()).max(initial=peak)
+    for piece in kept if len(kept) <= 16 else pieces():
+        yield piece / float(peak)
 
 
 @functools.lru_cache(maxsize=8)

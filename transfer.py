@@ -274,7 +274,7 @@ def run(args, options, sources, targets, evaluate, model, prepare):
                 checked = {"status": "", "heard": 0, "shared": 0} if encoder is None else mark(
                     info, clips, lambda data: prepare.Clips(prepare.find(data)))
                 metrics = evaluate.METRICS[clips.task]
-                text = {m: evaluate.cell(row["mean"][m], row["std"][m], row["interval"][m]) for m in metrics}
+                text = {m: evaluate.cell(row, m) for m in metrics}
                 cells.append({"source": source, "target": name, "mark": checked, "encoder": result["encoder"], **row,
                               "text": text})
                 meta[name] = {"metrics": metrics, **result["data"]}

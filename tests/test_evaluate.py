@@ -137,6 +137,19 @@ def test_embed_does_not_depend_on_the_batch():
     assert torch.allclose(one, seven, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares with a GPU; there is none here")
+def test_metrics_do_not_depend_on_the_device():
+    torch.manual_seed(0)
+    encoder, x = model.build_encoder("samplecnn", width=WIDTH), torch.randn(6, 1, 59049)
+    head, labels, clip = nn.Linear(encoder.out_dim, 3), torch.eye(3).repeat(2, 1)[:4], torch.tensor([0, 0, 1, 2, 3, 3])
+    cpu = evaluate.clip_scores(head(evaluate.embed(encoder, x.split(2))), clip, 4)
+    logits = head.cuda()(evaluate.embed(encoder.cuda(), x.split(3)).cuda())
+    gpu = evaluate.clip_scores(logits, clip.cuda(), 4)
+    assert gpu == pytest.approx(cpu, abs=1e-4)
+    on_cpu, on_gpu = evaluate.score(cpu, labels), evaluate.score(torch.from_numpy(cpu).cuda(), labels.cuda())
+    assert {k: np.asarray(v).tolist() for k, v in on_gpu.items()} == {k: np.asarray(v).tolist() for k, v in on_cpu.items()}
+
+
 def test_fractions_are_nested_balanced_and_seeded():
     rng = np.random.default_rng(0)
     labels = (rng.random((2000, 30)) < np.geomspace(0.004, 0.3, 30)).astype(np.uint8)
@@ -220,6 +233,10 @@ def test_clip_scores_are_means_of_windows():
     assert got[1] == pytest.approx(p[:2].mean(0).numpy(), abs=1e-7) and got[0] == pytest.approx(p[2].numpy(), abs=1e-7) and np.isnan(got[2]).all()
     assert evaluate.clip_scores(logits, clip, 2, clip_score="logit")[1] == pytest.approx(torch.sigmoid(torch.tensor([2.0, 2.0])).numpy(), abs=1e-7)
     assert evaluate.clip_scores(logits, clip, 2, "singlelabel").sum(1) == pytest.approx([1, 1])
+    order = torch.tensor([2, 0, 1])
+    assert evaluate.clip_scores(logits[order], torch.tensor(clip)[order], 2) == pytest.approx(got[:2], abs=1e-12)
+    asked = evaluate.score(logits[:2].requires_grad_(), torch.eye(2))  # tensors, with or without a graph, do as well as arrays
+    assert asked["roc_auc"] == evaluate.score(logits[:2].detach().numpy(), np.eye(2))["roc_auc"]
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -346,6 +363,58 @@ def test_table_and_readme(evaluated, run, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.count(evaluate.table(result)) == 2 and "old" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
     assert evaluate.refresh(text, tmp_path) == text
+
+
+# rate, channels, seconds, format; the last has more blocks than are kept from the first pass
+@pytest.mark.parametrize("name,rate,channels,seconds,options", [
+    ("a.wav", 44100, 2, 50, {"subtype": "FLOAT"}), ("a.mp3", 44100, 2, 50, {}), ("a.flac", 48000, 1, 50, {}), ("a.wav", 22050, 1, 100, {}),
+    ("a.wav", 8000, 2, 3, {}), ("a.wav", 44099, 1, 50, {}), ("a.wav", 44100, 1, 0.0002, {}), ("a.wav", 192000, 1, 95, {"subtype": "PCM_U8"})])
+def test_a_file_in_pieces_is_the_file(name, rate, channels, seconds, options, tmp_path):
+    rng, n = np.random.default_rng(0), round(rate * seconds)
+    x = rng.normal(0, 0.3, (n, channels)) if n < 1 << 23 else np.tile(rng.normal(0, 0.3, (rate, 1)), (round(seconds), 1))
+    soundfile.write(tmp_path / name, x if name == "a.wav" else x.clip(-1, 1), rate, **options)  # some overshoot full scale
+    whole, pieces = prepare.decode(tmp_path / name, 22050), list(prepare.stream(tmp_path / name, 22050))
+    got = torch.cat(pieces)
+    assert abs(len(got) - len(whole)) <= (64 if rate == 44099 else 0) and len(pieces) > n >> 20
+    assert torch.allclose(got[: len(whole)], whole[: len(got)], atol=1e-6) and got.abs().max() <= 1
+
+
+def test_a_broken_file_gives_no_piece(tmp_path):
+    x = np.zeros(1 << 22, np.float32)
+    x[-1] = np.nan
+    soundfile.write(tmp_path / "nan.wav", x, 44100, subtype="FLOAT")
+    with pytest.raises(ValueError, match="1 of 4194304 samples are NaN"):
+        next(prepare.stream(tmp_path / "nan.wav"))
+
+
+@pytest.mark.parametrize("hop", [None, 0.5, 2, 6.1])
+def test_windows_of_pieces_are_windows_of_the_whole(hop):
+    torch.manual_seed(0)
+    net, x = model.Exported(model.build_encoder("samplecnn", width=WIDTH).eval(), 22050), torch.randn(500_000)
+    step = 59049 if hop is None else round(hop * 22050)
+    with torch.no_grad():
+        want = net.frames(x[None, None], step)[0].numpy()
+    for size in (30_000, 100_001, 500_000):
+        rows, starts, short = evaluate.frames(net, x.split(size), hop)
+        assert np.allclose(rows, want, rtol=1e-5, atol=1e-6) and not short
+        assert starts.tolist() == (np.arange(len(want)) * step / 22050).tolist()
+    rows, starts, short = evaluate.frames(net, x[:50_000].split(7_000), hop)
+    assert rows.shape == (1, 32) and starts.tolist() == [0] and short
+
+
+def test_memory_does_not_grow_with_the_length_of_a_file(run, checkpoint, tmp_path):
+    script = ("import resource, sys, evaluate; assert evaluate.main(sys.argv[1:]) == 0; "
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)")
+    minute, peak = np.random.default_rng(0).normal(0, 0.1, (60 * 44100, 2)).astype(np.float32), {}
+    for minutes in (1, 20):
+        with soundfile.SoundFile(tmp_path / f"{minutes}.wav", "w", 44100, 2, subtype="PCM_U8") as file:
+            for _ in range(minutes):
+                file.write(minute)
+        done = run(["-c", script, "--ckpt", checkpoint, "--embed", tmp_path / f"{minutes}.wav", "--out", tmp_path, "--device", "cpu"])
+        assert done.returncode == 0, done.stderr
+        peak[minutes] = int(done.stdout.splitlines()[-1])
+    assert peak[20] < peak[1] + 100, peak  # MiB; 20 minutes are 200 MiB of mono samples, decoded
+    assert np.load(tmp_path / "20.wav.npz")["embedding"].shape == (20 * 60 * 22050 // 59049, 32)
 
 
 def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):

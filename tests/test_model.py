@@ -244,3 +244,5 @@ def test_the_command_prints_the_table(run):
     done = run(["model.py", "--encoder", "samplecnn"])
     assert done.returncode == 0 and "2,368,512 parameters" in done.stdout and len(done.stdout.splitlines()) == 44 - 1
     assert run(["model.py", "--out", "x"]).returncode == 2
+    missing = run(["model.py", "--ckpt", "nowhere/encoder.pt"])
+    assert missing.returncode == 2 and "nowhere/encoder.pt: no such file" in missing.stderr and "Traceback" not in missing.stderr
