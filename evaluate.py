@@ -120,6 +120,8 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
     return np.flatnonzero(taken)
 
 
+# ------------------------------------------------------------------------------------------------------------- training
+
 def validation(logits, labels, clip, task):
     """What training keeps the best of: (mean of the clips' ROC-AUC and PR-AUC, or their accuracy; then minus the loss).
     Not the loss first: on small data it is lowest while a probe has learnt little but how frequent the tags are."""
@@ -229,6 +231,8 @@ def load_probe(path):
     return fit
 
 
+# -------------------------------------------------------------------------------------------------------------- metrics
+
 def clip_scores(logits, clip, n_clips, task="multilabel", clip_score="sigmoid"):
     """The score of a clip, the mean over its windows (section 4.1): logits (n, K), clip (n,) in 0 .. n_clips - 1 ->
     (n_clips, K) float64. clip_score: `sigmoid`, the mean probability; `logit`, the probability of the mean logit."""
@@ -325,6 +329,8 @@ def bootstrap(scores, labels, group, task="multilabel", n=1000, seed=0):
     runs = [score(s, labels, task, weights) for s in scores]
     return {name: np.mean([run[name] for run in runs], 0) for name in runs[0]}
 
+
+# ------------------------------------------------------------------------------------------------------------- protocol
 
 def usable(clips, size):
     """{split: its windows (n,), as indices into those of `windows(clips.length, size)`}, {split: counts}."""
@@ -435,6 +441,8 @@ def refresh(text, root):
     return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)",
                   lambda m: m[1] + table(json.loads((Path(root) / m[2]).read_text())) + m[3], text, flags=re.S)
 
+
+# -------------------------------------------------------------------------------------------------------------- program
 
 def run(args, clips, encoder, info, model):
     """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
