@@ -514,8 +514,9 @@ def run(args, clips, encoder, info, model):
             less = {m: r["mean"][m] - other["mean"][m] for m in names}
             span = {m: interval(r["_draws"][m] - other["_draws"][m], less[m]) for m in names}
             r["over_untrained"] = {m: {"mean": less[m], "interval": span[m]} for m in names}
-    git = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip()
+    git, commit = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}, None
+    with contextlib.suppress(OSError):  # a machine without git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip() or None
     counted, split = " / ".join(str(c["clips"]) for c in counts.values()), clips.meta.get("split_name")
     lines = [{"model": r["model"], "probe": r["probe"],
               "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
@@ -527,7 +528,7 @@ def run(args, clips, encoder, info, model):
         "data": {"name": clips.name, "split": split, "counts": counts, "tags": clips.tags, "task": clips.task,
                  "fingerprint": clips.fingerprint},
         "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
-        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit or None, "device": str(device),
+        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit, "device": str(device),
         "protocol": vars(args), "results": results, "_encoder": base, "_features": list(kept.values())}
 
 

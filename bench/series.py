@@ -5,6 +5,7 @@
     python bench/series.py labels --data moods --ckpt runs/moods/encoder.pt                      # Figure 4
     python bench/series.py ablation --data moods --width 0.5 --steps 300                         # Table 2
     python bench/series.py methods --data moods --width 0.5 --steps 300                          # CPC, losses, batch sizes
+    python bench/series.py numbers --data moods                             # which numbers to expect: the paper's, and ours
 
 All names of data are prepared folders. Every stage is skipped when it is there, so an interrupted series continues with the same
 command. Rows of one series have equal budgets: pairs seen, or, for CPC against CLMR, seconds of pre-training. Each row is probed
@@ -33,9 +34,9 @@ def call(args, script, *flags):
     return shlex.join(["python", *command])
 
 
-def log_of(folder):
-    """What a finished run's log says: pairs, seconds of all its parts, pairs a second (median), peak memory."""
-    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+def log_of(path):
+    """What the log of a finished run says: pairs, pairs a second (median), hours at that speed, peak memory."""
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rates = sorted(r["pairs_per_s"] for r in records if "pairs_per_s" in r)
     done, first = [r for r in records if r.get("done")][-1], records[0]
     pairs = [r for r in records if "pairs" in r][-1]["pairs"]
@@ -86,9 +87,9 @@ def methods(args):
             found[f"{loss}, batch {size}"] = pretrain(args, f"{loss}-{size}", ["--batch-size", size, "--loss", loss], pairs // size)
     if args.dry_run:
         return found
-    seconds = 3600 * log_of(args.runs / "methods" / "nt-xent-96")["hours"]
+    seconds = 3600 * log_of(args.runs / "methods/nt-xent-96/log.jsonl")["hours"]
     pretrain(args, "cpc", ["--method", "cpc", "--log-every", 5], 20)
-    steps = round(seconds * log_of(args.runs / "methods" / "cpc")["pairs_per_s"] / 64)
+    steps = round(seconds * log_of(args.runs / "methods/cpc/log.jsonl")["pairs_per_s"] / 64)
     return {**found, "CPC, equal seconds": pretrain(args, "cpc", ["--method", "cpc", "--log-every", 5], max(20, steps))}
 
 
@@ -106,7 +107,7 @@ def probe(args, encoders):
     for label, path in encoders.items():
         folder = path.parent if (path.parent / "log.jsonl").exists() else args.runs / args.what / "run"
         if (folder / "log.jsonl").exists():
-            costs[label] = log_of(folder)
+            costs[label] = log_of(folder / "log.jsonl")
     for row in result["table"]:
         cost = costs.get(row["trained on"])
         if cost and args.what != "curve":
@@ -148,9 +149,31 @@ def labels(args):
         shutil.copy(args.runs / "labels" / out.stem / "fractions.png", out.with_suffix(".png"))
 
 
+def numbers(args):
+    """results/numbers.json: what the paper reports, and what was measured here, from the other results."""
+    paper = [("CLMR, 10,000 epochs", "pretrain.py --data mtat", "88.7 / 35.6; hidden layer 89.3 / 36.0"),
+             ("CLMR, 1,000 epochs", "pretrain.py --data mtat --epochs 1000", "- / 34.4"),
+             ("CLMR, 1 % of the labels", "evaluate.py --ckpt runs/mtat/encoder.pt --fraction 0.01", "- / 33.1"),
+             ("CPC", "pretrain.py --data mtat --method cpc", "86.6 / 31.0; hidden layer 88.0 / 33.0"),
+             ("supervised SampleCNN", "evaluate.py --data mtat --supervised", "88.6 / 34.4"),
+             ("untrained SampleCNN", "evaluate.py --data mtat --random", "- / 15.4")]
+    table = [{"data": "MagnaTagATune, all clips", "what": what, "type": f"`{command}`", "the paper": value, "here": "not run"}
+             for what, command, value in paper]
+    result, cost = json.loads(Path("results", f"{args.data}.json").read_text()), log_of(Path("results", f"{args.data}-pretrain.jsonl"))
+    for r in result["results"]:
+        if r["fraction"] in (0.1, 1.0):
+            values = (f"{100 * r['mean'][m]:.1f} ± {100 * (r['interval'][m][1] - r['interval'][m][0]) / 2:.1f}" for m in ("roc_auc", "pr_auc"))
+            table.append({"data": args.data, "what": f"{r['model']}, {100 * r['fraction']:g} % of the labels", "the paper": "-", "here": " / ".join(values),
+                          "type": f"`evaluate.py --ckpt runs/{args.data}/encoder.pt --random --fraction 0.1 1`",
+                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['hours']:g} h of {os.cpu_count()} cores, {cost['peak_gib']:.0f} GiB"})
+    note = "ROC-AUC / PR-AUC in percent. ± is half of the 95 % interval over test songs: how far a test set of the same size may be."
+    out = args.out or Path("results/numbers.json")
+    out.write_text(json.dumps({"caption": note, "table": table}, indent=1, ensure_ascii=False) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["curve", "domains", "labels", "ablation", "methods"])
+    parser.add_argument("what", choices=["curve", "domains", "labels", "ablation", "methods", "numbers"])
     parser.add_argument("--data", required=True, help="tagged data: pre-trained on and probed on")
     parser.add_argument("--single", help="curve ...: single-label data to probe as well")
     parser.add_argument("--other", help="domains: other music to pre-train on")
@@ -169,8 +192,8 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
     try:
-        if args.what == "labels":
-            labels(args)
+        if args.what in ("labels", "numbers"):
+            globals()[args.what](args)
         else:
             probe(args, globals()[args.what](args))
     except subprocess.CalledProcessError as error:
