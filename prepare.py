@@ -679,7 +679,8 @@ def _read_arguments(argv):
     given = {name: value for name, value in vars(args).items() if value is not None}
     for wrong, message in (
             (not args.data, f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME"),
-            (not args.root and args.data != "demo", f"--data {args.data} needs --root DIR, the folder with the recordings"),
+            (not args.root and args.data != "demo",
+             f"--data {args.data} needs --root DIR, the folder with the recordings"),
             *((not path.exists() and not (args.download and path == args.root), f"{path}: no such file or folder")
               for path in (args.root, args.labels) if path),
             *((name in given and args.data != owner, f"--{name} goes with --data {owner}")
