@@ -21,6 +21,7 @@ silence: each file that cannot be used is listed with its reason, and too many o
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
@@ -30,12 +31,12 @@ import math
 import mmap
 import multiprocessing
 import os
+import queue
 import re
 import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
 from collections import deque
@@ -68,13 +69,9 @@ COLUMNS = {"length": np.int64, "split": np.uint8, "group": np.int64, "labels": n
 def decode(path, sample_rate=SAMPLE_RATE):
     """Decode one file, of any format that libsndfile reads, any rate, any number of channels.
 
-    Returns:
-        torch.Tensor: (T,) float32 in [-1, 1] at `sample_rate` (Hz): the mean of the channels. What a lossy codec lets
-        overshoot full scale is turned down to a peak of 1, not distorted.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no audio, no samples, cut off, or samples that are NaN or infinite; the message says which.
+    Returns the mean of the channels at `sample_rate` (Hz), (T,) float32 in [-1, 1]: what a lossy codec lets overshoot
+    full scale is turned down to a peak of 1, not distorted. Raises FileNotFoundError, and ValueError for no audio, no
+    samples, a file cut off, and samples that are NaN or infinite; the message says which.
     """
     return load(path, sample_rate)[0]
 
@@ -255,34 +252,31 @@ def read_folder(root, labels=None):
     if labels is None:
         return Listing([Clip(name, path) for name, path in files.items()])
     (rows, columns), source = read_table(labels), Path(labels).name
-    if "file" not in columns or {"tags", "label"} <= set(columns):
+    form = {"tags", "label"} & set(columns)
+    if "file" not in columns or len(form) > 1:
         raise ValueError(f"{labels}: expected a column `file`, and one of `tags` and `label` at most; "
                          f"found {', '.join(columns)}")
-    free = "tags" in columns or "label" in columns
-    names = [] if free else [column for column in columns if column not in ("", "file", "split", "group")]
-    task = "singlelabel" if "label" in columns else "multilabel" if free or names else "none"
+    names = [] if form else [column for column in columns if column not in ("", "file", "split", "group")]
+    task = "singlelabel" if "label" in form else "multilabel" if form or names else "none"
     clips = {}
     for line, row in enumerate(rows, 2):
         row = {column: value.strip() for column, value in row.items()}
-        name, where = unicodedata.normalize("NFC", row["file"].removeprefix("./")), f"{labels}, line {line}"
-        wrong = [column for column in names if row[column] not in ("0", "1")]
-        if name in clips:
-            raise ValueError(f"{where}: {name} stands there a second time")
-        if row.get("label") == "":
-            raise ValueError(f"{where}: {name} has no label")
-        if wrong:
-            raise ValueError(f"{where}: expected 0 or 1 in the tag column `{wrong[0]}`, found {row[wrong[0]]!r}; "
-                             "for other columns to be ignored, give the tags in one column `tags` or `label`")
-        if "label" in columns:
-            tags = [row["label"]]
-        else:
-            tags = row["tags"].split(";") if free else [column for column in names if row[column] == "1"]
+        name = unicodedata.normalize("NFC", row["file"].removeprefix("./"))
         group = row.get("group") or name
-        byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0] if free or names else 0
+        byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0] if task != "none" else 0
         split = row.get("split", "train" if byte < 205 else "valid" if byte < 230 else "test")
         split = {"validation": "valid", "val": "valid"}.get(split, split)
-        if split not in SPLITS:
-            raise ValueError(f"{where}: expected train, valid or test in the column `split`, found {split!r}")
+        strange = next((f"`{tag}`, found {row[tag]!r}" for tag in names if row[tag] not in ("0", "1")), None)
+        for wrong, reason in (
+                (name in clips, f"{name} stands there a second time"),
+                (row.get("label") == "", f"{name} has no label"),
+                (strange, f"expected 0 or 1 in the tag column {strange}; for other columns to be ignored, give the "
+                          "tags in one column `tags` or `label`"),
+                (split not in SPLITS, f"expected train, valid or test in the column `split`, found {split!r}")):
+            if wrong:
+                raise ValueError(f"{labels}, line {line}: {reason}")
+        tags = [row["label"]] if "label" in form else row.get("tags", "").split(";")
+        tags += [tag for tag in names if row[tag] == "1"]
         clips[name] = Clip(name, None, split, group, tuple(tag.strip() for tag in tags if tag.strip()))
     dealt = "80:10:10 by song" if task != "none" else "all train"
     return Listing.match(sorted(clips.values(), key=lambda clip: clip.id), files, unlisted=f"no row in {source}",
@@ -296,22 +290,17 @@ def read_demo(root=None):
     return read_folder(root, root / "labels.csv")
 
 
-def _published(name):
-    """The reader of a published data set: they stand in splits/published.py, beside the split lists they need."""
-    def read(root, **options):
-        try:
-            from splits.published import READERS
-        except ImportError:
-            raise FileNotFoundError(f"--data {name} needs the repository's folder splits/ beside prepare.py") from None
-        try:
-            return READERS[name](root, **options)
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"{root}: a table of {name} is not as it was published: no {error} in it") from None
-    return read
+def _published(function, name, root, **options):
+    """Published data sets are read and fetched in splits/published.py, beside the split lists they need."""
+    try:
+        from splits import published
+    except ImportError:
+        raise FileNotFoundError(f"--data {name} needs the repository's folder splits/ beside prepare.py") from None
+    return getattr(published, function)(name, root, **options)
 
 
 DATASETS = {"folder": read_folder, "demo": read_demo,
-            **{name: _published(name) for name in ("billboard", "fma", "gtzan", "msd", "mtat")}}
+            **{name: functools.partial(_published, "read", name) for name in "billboard fma gtzan msd mtat".split()}}
 
 
 # ------------------------------------------------------------------------------------------------ the prepared folder
@@ -330,47 +319,54 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
         shard (tuple, optional): (i, n): decode only the i-th of n parts (1 to n), into `out.shard-i-of-n.partial`.
         merge (int, optional): n: take what n shards have decoded. The result has the same bytes as without shards.
 
-    Returns:
-        dict: the meta, as in meta.json; for a shard None.
-
-    Raises:
-        FileExistsError: out holds something else, or another run is working on it.
-        ValueError: too many files cannot be used, or none can.
-        OSError: the disk is too small or full; names the bytes needed and free.
+    Returns the meta, as in meta.json; for a shard None. Raises FileExistsError when out holds something else or another
+    run is working on it, ValueError when too many files cannot be used, or none can, and OSError when the disk is too
+    small or full, with the bytes needed and free.
     """
     out, (i, n) = Path(out), shard or (1, 1)
     digest = hashlib.sha256(json.dumps([sample_rate, segment, listing.task, listing.tags, listing.skipped]).encode())
     for clip in listing:
         digest.update(json.dumps([clip.id, clip.split, clip.group, clip.tags]).encode())
     plan = digest.hexdigest()
-    parts = [out.with_name(f"{out.name}.shard-{k + 1}-of-{merge or n}") for k in range(merge or n)]
+    shards = [Path(f"{out}.shard-{k + 1}-of-{merge or n}.partial") for k in range(merge or n)]
     clips = listing[len(listing) * (i - 1) // n : len(listing) * i // n]
-    with Partial(parts[i - 1] if shard else out) as partial:
-        if (out / "meta.json").exists():
-            meta = json.loads((out / "meta.json").read_text())
-            if meta["plan"] != plan:
-                raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); "
-                                      f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
-            return meta
-        done = partial.resume(plan, clips, parts if merge else ())
-        todo, free = clips[done:], shutil.disk_usage(partial.folder).free
+    if (out / "meta.json").exists():
+        meta = json.loads((out / "meta.json").read_text())
+        if meta["plan"] != plan:
+            raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); "
+                                  f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
+        return meta
+    folder = shards[i - 1] if shard else Path(f"{out}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FileExistsError(f"{out}: another run is preparing it; wait, or give another --name") from None
+        done = _resume(folder, plan, clips, shards if merge else ())
+        todo, free = clips[done:], shutil.disk_usage(folder).free
         # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
         if free < 60 * sum(map(_size, todo)) and free < (need := estimate(todo, sample_rate, timeout, load)[0]):
             raise OSError(f"{out}: about {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
         jobs = ((str(clip.file), sample_rate, round(segment * sample_rate) if segment else None) for clip in todo)
-        with tqdm(total=len(clips), initial=done, unit="file", desc="decoding", disable=not progress,
-                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+        with (open(folder / "audio.npy", "ab") as audio, open(folder / "journal.jsonl", "ab") as journal,
+              tqdm(total=len(clips), initial=done, unit="file", desc="decoding", disable=not progress,
+                   mininterval=0.5 if sys.stderr.isatty() else 15) as bar):
             for clip, (entry, samples) in zip(todo, _pool(jobs, workers or os.cpu_count() or 1, timeout, load)):
+                line = json.dumps({**entry, "size": _size(clip)}).encode() + b"\n"
                 try:
-                    partial.append({**entry, "size": _size(clip)}, samples)
+                    for file, data in ((audio, samples), (journal, line)):  # the line vouches for the samples
+                        file.write(data)
+                        file.flush()
                 except OSError as error:
-                    need = partial.size / max(1, bar.n) * (len(clips) - bar.n) / 1e9
-                    free = shutil.disk_usage(partial.folder).free / 1e9
-                    raise OSError(f"{partial.folder}: cannot be written: {error.strerror}; needs {need:.2f} GB more, "
+                    need = audio.tell() / max(1, bar.n) * (len(clips) - bar.n) / 1e9
+                    free = shutil.disk_usage(folder).free / 1e9
+                    raise OSError(f"{folder}: cannot be written: {error.strerror}; needs {need:.2f} GB more, "
                                   f"has {free:.2f}; what is done is kept, the same command continues") from None
                 bar.update()
         head = {"name": out.name, "sample_rate": sample_rate, "plan": plan, "command": command}
-        return None if shard else partial.seal(listing, max_skipped, head)
+        return None if shard else _seal(folder, out, listing, max_skipped, head)
 
 
 def estimate(clips, sample_rate, timeout=60.0, load=load):
@@ -386,117 +382,87 @@ def _size(clip):
     return clip.file.stat().st_size if clip.file.exists() else 0
 
 
-class Partial:
-    """A prepared folder in the making, NAME.partial: locked against a second run, journalled, moved into place."""
+def _resume(folder, plan, clips, shards=()):
+    """Cut the files back to what a run before has finished, samples and journal line; return how many clips that is."""
+    paths = [folder / name for name in ("plan", "audio.npy", "journal.jsonl")]
+    fits = lambda path: path.exists() and path.read_text() == plan
+    if not (fits(paths[0]) and paths[1].exists() and paths[2].exists()):
+        with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
+            audio.write(bytes(128))  # room for the header, which needs the final length
+            for shard in shards:
+                if not fits(shard / "plan"):
+                    raise ValueError(f"{shard}: expected a finished shard of the same files and flags; run it first")
+                with open(shard / "audio.npy", "rb") as file:
+                    file.seek(128)
+                    shutil.copyfileobj(file, audio, 1 << 24)
+                journal.write((shard / "journal.jsonl").read_bytes())
+        paths[0].write_text(plan)
+    done, size, keep = 0, 128, 0
+    with open(paths[2], "rb") as journal:
+        for line, clip in zip(journal, clips):
+            entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
+            end = size + 2 * sum(entry["lengths"])
+            if end > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
+                break
+            done, size, keep = done + 1, end, keep + len(line)
+    os.truncate(paths[1], size)
+    os.truncate(paths[2], keep)
+    return done
 
-    def __init__(self, out):
-        self.out, self.folder, self.audio, self.journal = Path(out), Path(f"{out}.partial"), None, None
 
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "a")
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            raise FileExistsError(f"{self.out}: another run is preparing it; wait, or give another --name") from None
-        return self
-
-    def __exit__(self, *_):
-        for file in filter(None, (self.audio, self.journal, self.lock)):
-            file.close()
-        if self.folder.exists() and os.listdir(self.folder) == ["lock"]:
-            shutil.rmtree(self.folder)
-
-    def resume(self, plan, clips, shards=()):
-        """Open the files; return how many files a run before has finished: with all their samples in audio.npy."""
-        paths = [self.folder / name for name in ("plan", "audio.npy", "journal.jsonl")]
-        if not all(path.exists() for path in paths) or paths[0].read_text() != plan:
-            with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
-                audio.write(bytes(128))  # room for the header, which needs the final length
-                for part in (Path(f"{shard}.partial") for shard in shards):
-                    if not (part / "plan").exists() or (part / "plan").read_text() != plan:
-                        raise ValueError(f"{part}: expected a finished shard of the same files and flags; run it first")
-                    with open(part / "audio.npy", "rb") as file:
-                        file.seek(128)
-                        shutil.copyfileobj(file, audio, 1 << 24)
-                    journal.write((part / "journal.jsonl").read_bytes())
-            paths[0].write_text(plan)
-        done, self.size, keep = 0, 128, 0
-        with open(paths[2], "rb") as journal:
-            for line, clip in zip(journal, clips):
-                entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
-                size = self.size + 2 * sum(entry["lengths"])
-                if size > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
-                    break
-                done, self.size, keep = done + 1, size, keep + len(line)
-        os.truncate(paths[1], self.size)
-        os.truncate(paths[2], keep)
-        self.audio, self.journal = open(paths[1], "ab"), open(paths[2], "ab")
-        return done
-
-    def append(self, entry, samples):
-        """Samples first, then the journal line that vouches for them."""
-        for file, data in ((self.audio, samples), (self.journal, json.dumps(entry).encode() + b"\n")):
-            file.write(data)
-            file.flush()
-        self.size += len(samples)
-
-    def seal(self, listing, max_skipped, head):
-        """Judge the losses, write the tables and move the folder into place. Returns the meta."""
-        columns, songs, rate, skipped = {key: [] for key in COLUMNS}, {}, head["sample_rate"], list(listing.skipped)
-        columns["labels"], columns["sha256"] = bytearray(), bytearray()  # a list of rows would take ten times as much
-        with open(self.folder / "journal.jsonl", "rb") as journal:
-            for clip, entry in zip(listing, map(json.loads, journal)):
-                song, begin = songs.setdefault(clip.group or clip.id, len(songs)), 0
-                for length, digest in zip(entry["lengths"], entry.get("sha256", ())):
-                    name = clip.id if len(entry["lengths"]) == 1 else f"{clip.id}@{begin / rate:.6g}"
-                    facts = {"length": length, "split": SPLITS.index(clip.split), "group": song, "id": name, **entry}
-                    for key in ("length", "split", "group", "id", "rate", "peak", "clipped"):
-                        columns[key].append(facts[key])
-                    columns["labels"] += bytes(tag in clip.tags for tag in listing.tags)
-                    columns["sha256"] += bytes.fromhex(digest)
-                    begin += length
-                if not entry["lengths"]:
-                    skipped.append({"file": clip.id, "reason": entry["reason"]})
-        lost = [s for s in skipped if not s["reason"].startswith("no row") and s["file"] not in listing.broken]
-        total = len(listing) + sum(s["reason"].startswith("missing") for s in listing.skipped)
-        first = f"; the first: {lost[0]['file']}: {lost[0]['reason']}" if lost else ""
-        if not columns["id"]:
-            raise ValueError(f"none of {total} files can be used{first}")
-        if len(lost) > max_skipped * total:
-            enough = math.ceil(1000 * len(lost) / total) / 1000
-            raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
-                             f"(repair them, or type --max-skipped {enough:g}; nothing will be decoded twice)")
-        arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
-        for key in ("labels", "sha256"):
-            arrays[key] = arrays[key].reshape(len(arrays["id"]), -1 if listing.tags or key == "sha256" else 0)
-        arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
-        count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
-        named = lambda chosen: arrays["id"][chosen].tolist()
-        original = np.unique(arrays["sha256"], axis=0, return_index=True)[1]
-        kinds = {kind: sum(s["reason"].startswith(kind) for s in skipped) for kind in ("missing", "broken", "no row")}
-        report = {"found": total - kinds["missing"], **kinds, "shorter than 3 s": named(arrays["length"] < 3 * rate),
-                  "silent": named(arrays["peak"] < 1e-4), "clipped": named(arrays["clipped"] > 1e-3),
-                  "turned down": int((arrays["peak"] > 1).sum()),
-                  "duplicate": named(~np.isin(np.arange(len(arrays["id"])), original)),
-                  "rates": {str(hz): int(n) for hz, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
-        meta = {**head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
-                "published": listing.published, "clips": count(lambda own: int(own.sum())),
-                "songs": count(lambda own: len(np.unique(arrays["group"][own]))),
-                "hours": count(lambda own: round(float(arrays["length"][own].sum()) / rate / 3600, 4)),
-                "skipped": skipped, "report": report, "fingerprint": fingerprint(arrays, rate, listing.tags)}
-        with open(self.folder / "audio.npy", "r+b") as audio:
-            shape = (int(arrays["length"].sum()),)
-            np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": shape})
-            os.fsync(audio.fileno())
-        np.savez(self.folder / "clips.npz", **arrays)
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for name in ("journal.jsonl", "plan", "lock"):
-            (self.folder / name).unlink()
-        os.replace(self.folder, self.out)
-        return meta
+def _seal(folder, out, listing, max_skipped, head):
+    """Judge the losses, write the tables and move the folder into place. Returns the meta."""
+    columns, songs, rate, skipped = {key: [] for key in COLUMNS}, {}, head["sample_rate"], list(listing.skipped)
+    columns["labels"], columns["sha256"] = bytearray(), bytearray()  # a list of rows would take ten times as much
+    with open(folder / "journal.jsonl", "rb") as journal:
+        for clip, entry in zip(listing, map(json.loads, journal)):
+            begins, n = np.cumsum([0, *entry["lengths"]]), len(entry["lengths"])
+            columns["length"] += entry["lengths"]
+            columns["split"] += [SPLITS.index(clip.split)] * n
+            columns["group"] += [songs.setdefault(clip.group or clip.id, len(songs))] * n
+            columns["labels"] += bytes(tag in clip.tags for tag in listing.tags) * n
+            columns["id"] += [clip.id] if n == 1 else [f"{clip.id}@{begin / rate:.6g}" for begin in begins[:n]]
+            columns["sha256"] += bytes.fromhex("".join(entry.get("sha256", ())))
+            for key in ("rate", "peak", "clipped"):
+                columns[key] += [entry.get(key)] * n
+            if not n:
+                skipped.append({"file": clip.id, "reason": entry["reason"]})
+    lost = [s for s in skipped if not s["reason"].startswith("no row") and s["file"] not in listing.broken]
+    total = len(listing) + sum(s["reason"].startswith("missing") for s in listing.skipped)
+    first = f"; the first: {lost[0]['file']}: {lost[0]['reason']}" if lost else ""
+    if not columns["id"]:
+        raise ValueError(f"none of {total} files can be used{first}")
+    if len(lost) > max_skipped * total:
+        enough = math.ceil(1000 * len(lost) / total) / 1000
+        raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
+                         f"(repair them, or type --max-skipped {enough:g}; nothing will be decoded twice)")
+    arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
+    for key, width in (("labels", len(listing.tags)), ("sha256", 32)):
+        arrays[key] = arrays[key].reshape(-1 if width else len(arrays["id"]), width)
+    arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
+    count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
+    named = lambda chosen: arrays["id"][chosen].tolist()
+    kinds = {kind: sum(s["reason"].startswith(kind) for s in skipped) for kind in ("missing", "broken", "no row")}
+    report = {"found": total - kinds["missing"], **kinds, "shorter than 3 s": named(arrays["length"] < 3 * rate),
+              "silent": named(arrays["peak"] < 1e-4), "clipped": named(arrays["clipped"] > 1e-3),
+              "turned down": int((arrays["peak"] > 1).sum()),
+              "duplicate": np.delete(arrays["id"], np.unique(arrays["sha256"], axis=0, return_index=True)[1]).tolist(),
+              "rates": {str(hz): int(n) for hz, n in zip(*np.unique(arrays["rate"], return_counts=True))}}
+    meta = {**head, "task": listing.task, "tags": listing.tags, "split_name": listing.split_name,
+            "published": listing.published, "clips": count(lambda own: int(own.sum())),
+            "songs": count(lambda own: len(np.unique(arrays["group"][own]))),
+            "hours": count(lambda own: round(float(arrays["length"][own].sum()) / rate / 3600, 4)),
+            "skipped": skipped, "report": report, "fingerprint": fingerprint(arrays, rate, listing.tags)}
+    with open(folder / "audio.npy", "r+b") as audio:
+        shape = (int(arrays["length"].sum()),)
+        np.lib.format.write_array_header_1_0(audio, {"descr": "<i2", "fortran_order": False, "shape": shape})
+        os.fsync(audio.fileno())
+    np.savez(folder / "clips.npz", **arrays)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for name in ("journal.jsonl", "plan", "lock"):
+        (folder / name).unlink()
+    os.replace(folder, out)
+    return meta
 
 
 def _pool(jobs, workers, timeout, load):
@@ -506,33 +472,33 @@ def _pool(jobs, workers, timeout, load):
     after each decoding process and replaces it; the file it had is the only one lost.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    idle, local, processes = deque(), threading.local(), set()
+    free, processes = queue.SimpleQueue(), []
 
     def start():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs, load), daemon=True)
-        process.start()
-        processes.add(process)
+        processes.append(context.Process(target=_worker, args=(theirs, load), daemon=True))
+        processes[-1].start()
         theirs.close()
-        return ours, process
+        return ours, processes[-1]
 
     def decode_one(job):
-        if getattr(local, "worker", None) is None:
-            local.worker = idle.popleft() if idle else start()
-        pipe, process = local.worker
+        pipe, process = worker = free.get() or start()
         try:
             pipe.send(job)
             if pipe.poll(timeout):
-                return pipe.recv(), pipe.recv_bytes()
+                answer = pipe.recv()
+                free.put(worker)
+                return answer
             reason = f"not decoded after {timeout:g} s"
         except (EOFError, OSError):
             process.join(1)
             reason = f"it crashes the decoder (exit code {process.exitcode})"
-        local.worker = None
         process.kill()
+        free.put(None)
         return {"lengths": [], "reason": f"broken: {reason}"}, b""
 
-    idle.extend(start() for _ in range(workers))
+    for _ in range(workers):
+        free.put(start())
     threads, waiting = ThreadPoolExecutor(workers), deque()
     try:
         for job in jobs:
@@ -542,13 +508,13 @@ def _pool(jobs, workers, timeout, load):
         while waiting:
             yield waiting.popleft().result()
     finally:
+        threads.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
-        threads.shutdown(cancel_futures=True)
 
 
 def _worker(pipe, load):
-    """A decoding process: (file, rate, segment) in, journal entry and int16 bytes out."""
+    """A decoding process: (file, rate, segment) in, (journal entry, int16 bytes) out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders talk on stderr, into the progress bar
     if sys.platform == "linux":
@@ -556,24 +522,23 @@ def _worker(pipe, load):
         os.closerange(3, pipe.fileno())
         os.closerange(pipe.fileno() + 1, 1 << 16)
     torch.set_num_threads(1)
-    while True:
-        try:
-            file, sample_rate, segment = pipe.recv()
-        except EOFError:
-            return
-        try:
-            waveform, facts = load(file, sample_rate)
-            samples = (waveform * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
-        except Exception as error:  # whatever a decoder throws costs this file alone
-            reason = str(error).replace(f"{file}: ", "") or repr(error)
-            reason = f"{'missing' if isinstance(error, FileNotFoundError) else 'broken'}: {reason}"
-            entry, samples = {"lengths": [], "reason": reason}, np.zeros(0)
-        else:
-            parts = np.split(samples, range(segment, len(samples) - segment // 2, segment)) if segment else [samples]
-            digests = [hashlib.sha256(part).hexdigest() for part in parts]
-            entry = {"lengths": [len(part) for part in parts], "sha256": digests, **facts}
-        pipe.send(entry)
-        pipe.send_bytes(samples.tobytes())
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while True:
+            pipe.send(_decode_into_parts(load, *pipe.recv()))
+
+
+def _decode_into_parts(load, file, sample_rate, segment):
+    """The journal entry of one file and its samples, int16 as bytes."""
+    try:
+        waveform, facts = load(file, sample_rate)
+        samples = (waveform * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16).numpy()
+    except Exception as error:  # whatever a decoder throws costs this file alone
+        reason = str(error).replace(f"{file}: ", "") or repr(error)
+        kind = "missing" if isinstance(error, FileNotFoundError) else "broken"
+        return {"lengths": [], "reason": f"{kind}: {reason}"}, b""
+    parts = np.split(samples, range(segment, len(samples) - segment // 2, segment)) if segment else [samples]
+    digests = [hashlib.sha256(part).hexdigest() for part in parts]
+    return {"lengths": [len(part) for part in parts], "sha256": digests, **facts}, samples.tobytes()
 
 
 def fingerprint(arrays, sample_rate, tags):
@@ -595,10 +560,9 @@ def find(data):
         if (folder / "meta.json").is_file():
             return folder
     name = Path(data).name
-    known = f"{name} --root DIR" if name != "demo" else name
-    flags = known if name in DATASETS else f"folder --root MUSIC --name {name}"
+    flags = f"{name} --root DIR" if name in DATASETS else f"folder --root MUSIC --name {name}"
     raise FileNotFoundError(f"{data}: not prepared (expected {Path('data', str(data), 'meta.json')}, or the path of a "
-                            f"prepared folder); type: python prepare.py --data {flags}")
+                            f"prepared folder); type: python prepare.py --data {'demo' if name == 'demo' else flags}")
 
 
 class Clips:
@@ -611,17 +575,16 @@ class Clips:
     """
 
     def __init__(self, folder, split=None):
-        self.folder, self._audio = Path(folder), None
+        self.folder = Path(folder)
         if split not in (None, *SPLITS):
             raise ValueError(f"expected split {', '.join(SPLITS)} or None, got {split!r}")
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             with np.load(self.folder / "clips.npz") as file:
                 chosen = slice(None) if split is None else file["split"] == SPLITS.index(split)
-                for key in ("start", *COLUMNS):
-                    setattr(self, key, file[key][chosen])
-            for key in ("tags", "task", "sample_rate", "fingerprint", "name"):
-                setattr(self, key, self.meta[key])
+                vars(self).update({key: file[key][chosen] for key in ("start", *COLUMNS)})
+            keys = ("tags", "task", "sample_rate", "fingerprint", "name")
+            vars(self).update({key: self.meta[key] for key in keys})
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py; {missing} is missing") from None
@@ -633,16 +596,12 @@ class Clips:
         return len(self.length)
 
     def __getstate__(self):
-        return {**self.__dict__, "_audio": None, "_map": None}  # each process maps the file for itself
+        return {key: value for key, value in vars(self).items() if key != "audio"}  # each process maps it for itself
 
-    @property
+    @functools.cached_property
     def audio(self):
         """All samples, int16, memory-mapped: clip i is audio[start[i] : start[i] + length[i]]."""
-        if self._audio is None:
-            with open(self.folder / "audio.npy", "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._audio = np.frombuffer(self._map, "<i2", (len(self._map) - 128) // 2, offset=128)
-        return self._audio
+        return np.load(self.folder / "audio.npy", mmap_mode="r")
 
     def waveform(self, i):
         """Clip i as (T,) float32 in [-1, 1)."""
@@ -659,11 +618,12 @@ class Clips:
         for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
             raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, "
                              f"{self.length[index[b]]} samples long")
-        crops, audio, firsts = torch.empty(len(index), 1, n_samples), self.audio, (self.start[index] + start).tolist()
+        crops, firsts = torch.empty(len(index), 1, n_samples), (self.start[index] + start).tolist()
+        audio, pages = np.asarray(self.audio), self.audio.base  # the plain array is sliced three times as fast
         for first in firsts if hasattr(mmap, "MADV_WILLNEED") else ():
             # Ask for all pages of all crops at once: from a cold disk ten times as fast as page fault after page fault.
             page = (128 + 2 * first) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, min(128 + 2 * (first + n_samples), len(self._map)) - page)
+            pages.madvise(mmap.MADV_WILLNEED, page, 128 + 2 * (first + n_samples) - page)
         for row, first in zip(crops.numpy()[:, 0], firsts):
             row[:] = audio[first : first + n_samples]
             row *= 1 / FULL_SCALE  # row by row, while it is in the cache
@@ -676,9 +636,8 @@ def check(folder, progress=False):
     if fingerprint(vars(clips), clips.sample_rate, clips.tags) != clips.fingerprint:
         wrong.append("clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit")
     try:
-        found = len(np.load(clips.folder / "audio.npy", mmap_mode="r"))
-        if found != clips.length.sum():
-            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {found}"]
+        if len(clips.audio) != clips.length.sum():
+            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
     except (OSError, ValueError) as error:
         return [*wrong, f"audio.npy cannot be read: {error}"]
     for i in tqdm(range(len(clips)), desc="checking", unit="clip", disable=not progress):
@@ -738,29 +697,30 @@ def _read_arguments(argv):
     """Arguments that fit together; the parser's error (exit code 2) says what does not."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        if args.check:
+    if args.check:
+        try:
             args.check = find(args.check)
-            return args
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    if not args.data:
-        parser.error(f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME")
-    if not args.root and args.data != "demo":
-        parser.error(f"--data {args.data} needs --root DIR, the folder with the recordings")
-    for path in (args.root, args.labels):
-        if path and not path.exists() and not (args.download and path == args.root):
-            parser.error(f"{path}: no such file or folder")
-    for name, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma")):
-        if getattr(args, name) and args.data != owner:
-            parser.error(f"--{name} goes with --data {owner}")
-    for name in ("workers", "timeout", "sample_rate", "segment", "merge"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(args, name)}")
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard) if args.shard else None
-    args.shard = (int(shard[1]), int(shard[2])) if shard else args.shard
-    if args.shard and (not shard or not 1 <= args.shard[0] <= args.shard[1]):
-        parser.error(f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        return args
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard or "1/1")
+    i, n = map(int, shard.groups()) if shard else (0, 0)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for wrong, message in (
+            (not args.data, f"expected --data {'|'.join(sorted(DATASETS))}, or --check NAME"),
+            (not args.root and args.data != "demo",
+             f"--data {args.data} needs --root DIR, the folder with the recordings"),
+            *((not path.exists() and not (args.download and path == args.root), f"{path}: no such file or folder")
+              for path in (args.root, args.labels) if path),
+            *((name in given and args.data != owner, f"--{name} goes with --data {owner}")
+              for name, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma"))),
+            *((not given.get(name, 1) > 0,
+               f"--{name.replace('_', '-')}: expected a number above 0, got {given.get(name)}")
+              for name in ("workers", "timeout", "sample_rate", "segment", "merge")),
+            (not 1 <= i <= n, f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")):
+        if wrong:
+            parser.error(message)
+    args.shard = (i, n) if args.shard else None
     return args
 
 
@@ -776,8 +736,7 @@ def main(argv=None):
             print(f"{args.check}: {f'{len(faults)} faults' if faults else 'as it was written'}")
             return 1 if faults else 0
         if args.download:
-            from splits.published import fetch
-            fetch(args.data, args.root, args.subset or "medium")
+            _published("fetch", args.data, args.root, subset=args.subset or "medium")
         out = args.out or Path("data", args.name or (args.data if args.data != "folder" else args.root.resolve().name))
         options = {name: getattr(args, name) for name in ("labels", "split", "subset") if getattr(args, name)}
         listing = DATASETS[args.data](args.root, **options)

@@ -158,6 +158,14 @@ def read_billboard(root):
 READERS = {"billboard": read_billboard, "fma": read_fma, "gtzan": read_gtzan, "msd": read_msd, "mtat": read_mtat}
 
 
+def read(name, root, **options):
+    """Read a data set by its name; ValueError when a table lacks what was published in it."""
+    try:
+        return READERS[name](root, **options)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{root}: a table of {name} is not as it was published: no {error} in it") from None
+
+
 # ---------------------------------------------------------------------------------------------------------- download
 
 MTAT, FMA = "https://mirg.city.ac.uk/datasets/magnatagatune/", "https://os.unil.cloud.switch.ch/fma/"
