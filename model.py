@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce  # the differentiable one
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
@@ -102,18 +102,22 @@ def he_init(module):
 class Block(nn.Sequential):
     """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T').
 
-    With `recompute` only the convolution's output is kept for the backward pass (of the stem, whose convolution is cheap,
-    only its input): the rest is computed again there. Same gradients; batch 16 on two cores: 2.5 instead of 2.9 GiB in all
-    and 8 % more time (bench/pretrain.py)."""
+    Training on a CPU in float32 or float64 goes through `TrainingStep`: the same numbers, exact statistics, less time and
+    memory. With `recompute` the backward pass computes the convolution's output (elsewhere: of the stem, whose convolution
+    is cheap, everything; of the others, all after the convolution) again instead of keeping it: the same gradients."""
 
     recompute = False
+    over_processes = False  # on the CPU: statistics over all processes; set by `synchronise`
 
     def forward(self, x):
+        conv, norm = self[0], self[1]
+        if self.training and x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu")):
+            return TrainingStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, len(self) == 4, self.recompute, self.over_processes)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return super().forward(x)
         stem, layers = x.shape[1] == 1, list(self)
         again = nn.Sequential(*layers) if stem else nn.Sequential(*layers[1:])
-        return checkpoint(again, x if stem else layers[0](x), use_reentrant=False, preserve_rng_state=False,
+        return checkpoint(again, x if stem else conv(x), use_reentrant=False, preserve_rng_state=False,
                           context_fn=lambda: (contextlib.nullcontext(), self._running_statistics_untouched()))
 
     @contextlib.contextmanager
@@ -127,6 +131,111 @@ class Block(nn.Sequential):
         finally:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(seen)
+
+
+def as_rows(image):
+    """(b, C, 1, T) -> (b, T, C); of a channels-last image, a view."""
+    return image.squeeze(2).transpose(1, 2)
+
+
+def as_image(rows):
+    """(b, T, C) -> (b, C, 1, T), a view that is channels-last."""
+    return rows.transpose(1, 2).unsqueeze(2)
+
+
+class TrainingStep(torch.autograd.Function):
+    """A block's forward and backward pass in training on a CPU, a few examples at a time, so that they stay in its cache.
+
+    torch's layers each pass over the whole batch; its batch norm adds up long channels-last columns one number after the
+    other (gradients off by up to 3 % against float64; here 2e-5), and its weight gradient of channels-last float32
+    convolutions is fifteen times slower than a matrix product on processors without AVX-512. What is done instead:
+      - Batch norm does not decrease where its weight is positive, so max-pool can take the convolution's output, and a third
+        of the numbers is left to normalise. The sign of a negative weight goes into the convolution.
+      - Sums go over a group of examples in the input's type, then on in float64, and, with `over_processes`, over all
+        processes (section 3.2), which torch's SyncBatchNorm refuses to do on a CPU.
+      - The gradient of the convolution's output y is affine in y, plus the incoming gradient at the maxima; per group it is
+        made and turned into the gradients of weights and input. The bias moves the running mean alone: its gradient is zero.
+    Rows are (b, T, C), views of channels-last (b, C, 1, T). The stem's windows do not overlap: (b, T, 3) times a matrix."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, norm, pool, recompute, over_processes):
+        stem, dtype = x.shape[1] == 1, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        sign = torch.where(gamma < 0, -1.0, 1.0).to(weight)
+        w = (weight * sign.view(-1, 1, 1, 1)).to(dtype)
+        w, x = (w.flatten(1), x.to(dtype).reshape(len(x), -1, 3)) if stem else (w, as_rows(x.to(dtype)))
+        ctx.size = max(1, (1 << 20) // (x.shape[1] * len(w)))  # examples of a group
+        kept, tops, pivot, sums = [], [], None, torch.zeros(2, len(w), dtype=torch.float64)
+        for rows in x.split(ctx.size):
+            y = TrainingStep.convolve(rows, w)  # (b, T, C')
+            high = y.to(gamma.dtype)
+            pivot = high.mean((0, 1)) if pivot is None else pivot  # sums of squares cancel where y hardly varies, as early on
+            high = high - pivot
+            sums += torch.stack([high.sum((0, 1)), high.square_().sum((0, 1))])
+            kept += [y] if pool and not recompute else []
+            tops.append(y.unflatten(1, (-1, 3)).amax(2) if pool else y)
+        top, pivot = torch.cat(tops), pivot.double()  # (B, T', C')
+        ctx.count = x.shape[0] * x.shape[1]
+        sums[1] += 2 * pivot * sums[0] + ctx.count * pivot.square()
+        sums[0] += ctx.count * pivot
+        if over_processes:
+            ctx.count *= dist.get_world_size()
+            dist.all_reduce(sums)
+        mean = sums[0] / ctx.count
+        var = (sums[1] / ctx.count - mean.square()).clamp_min(0)
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_((mean * sign + bias).to(gamma.dtype), norm.momentum)
+        norm.running_var.lerp_((var * ctx.count / max(1, ctx.count - 1)).to(gamma.dtype), norm.momentum)
+        inverse = (var + norm.eps).rsqrt()
+        scale = gamma.abs() * inverse
+        out = torch.addcmul((beta - mean * scale).to(gamma.dtype), top, scale.to(gamma.dtype)).relu_().to(dtype)
+        ctx.save_for_backward(x, w, sign, gamma, mean, inverse, out, top if pool else None, *kept)
+        ctx.pool, ctx.over_processes = pool, over_processes
+        return as_image(out)  # (B, C', 1, T')
+
+    @staticmethod
+    def convolve(rows, w):
+        return rows @ w.T if w.dim() == 2 else as_rows(F.conv2d(as_image(rows), w, padding=(0, 1)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w, sign, gamma, mean, inverse, out, top, *kept = ctx.saved_tensors
+        high, stem, parts, masked, dx = gamma.dtype, w.dim() == 2, x.split(ctx.size), [], []
+        sums, dw = torch.zeros(2, len(w), dtype=torch.float64), torch.zeros(1 if stem else 3, *w.shape[:2], dtype=high)
+        centre = mean.to(high)
+        for i, (g, o) in enumerate(zip(as_rows(grad).split(ctx.size), out.split(ctx.size))):
+            t = top[i * ctx.size : (i + 1) * ctx.size] if ctx.pool else TrainingStep.convolve(parts[i], w)
+            masked.append(g.masked_fill(o <= 0, 0).to(high))  # (b, T', C')
+            sums += torch.stack([masked[i].sum((0, 1)), (masked[i] * (t - centre)).sum((0, 1))])
+        sums[1] *= inverse
+        own = sums.clone()
+        if ctx.over_processes:
+            dist.all_reduce(sums)
+        scale = gamma.abs() * inverse
+        slope = -scale * inverse * sums[1] / ctx.count
+        offset, slope, scale = (-scale * sums[0] / ctx.count - slope * mean).to(high), slope.to(high), scale.to(high)
+        back = None if stem else w.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        for i, rows in enumerate(parts):
+            y = kept[i] if kept else TrainingStep.convolve(rows, w)
+            d, g = torch.addcmul(offset, y, slope), masked[i].mul_(scale)  # (b, T, C')
+            if ctx.pool:
+                g, y = as_image(g), as_image(y)
+                at = F.max_pool2d(y, (1, 3), return_indices=True)[1]
+                g = as_rows(torch.ops.aten.max_pool2d_with_indices_backward(g, y, (1, 3), (1, 3), (0, 0), (1, 1), False, at))
+            d = (d + g).to(w.dtype)
+            taps = ((0, 0),) if stem else ((1, 0), (0, 0), (0, 1))  # rows left out at the start of d, of x: t - 1, t, t + 1
+            for tap, (late, early) in enumerate(taps):
+                of_d, of_x = d[:, late : d.shape[1] - early], rows[:, early : d.shape[1] - late]
+                dw[tap] += of_d.flatten(0, 1).T @ of_x.flatten(0, 1)
+            if ctx.needs_input_grad[0]:
+                dx.append(d @ w if stem else TrainingStep.convolve(d, back))
+        dw = (dw * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3); of the stem (C', 3, 1, 1)
+        dx = torch.cat(dx) if dx else None
+        if stem:
+            dw, dx = dw.permute(0, 3, 2, 1), None if dx is None else dx.flatten(1)[:, None, None]
+        else:
+            dx = as_image(dx)
+        return dx, dw, torch.zeros_like(gamma), own[1] * sign, own[0], None, None, None, None
 
 
 class SampleCNN(nn.Module):
@@ -265,36 +374,13 @@ def build_encoder(name, **sizes) -> nn.Module:
     return ENCODERS[name](**sizes)
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes on the CPU, where torch's own SyncBatchNorm refuses to work; same state-dict keys.
-
-    Also for one process in float32: torch's channels-last kernel adds up long columns one number after the other, which
-    puts gradients off by up to 3 % (against float64; here 2e-5), more than any number of processes would."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        over_processes = all_reduce if processes > 1 else lambda t: t
-        high, dims, shape = x.to(torch.promote_types(x.dtype, torch.float32)), (0, 2, 3), (1, -1, 1, 1)
-        count = x.numel() / x.shape[1] * processes
-        mean = over_processes(high.sum(dims).double()).div(count).to(high.dtype)
-        centred = high - mean.view(shape)  # two passes: E[x^2] - E[x]^2 cancels where features hardly vary, as early on
-        var = over_processes(centred.square().sum(dims).double()).div(count).to(high.dtype)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return torch.addcmul(self.bias.view(shape), centred, ((var + self.eps).rsqrt() * self.weight).view(shape)).to(x.dtype)
-
-
 def synchronise(module: nn.Module, device) -> nn.Module:
-    """Every batch norm of `module` replaced by one whose statistics go over all processes (section 3.2)."""
+    """Every batch norm of `module` takes its statistics over all processes from now on (section 3.2)."""
     if torch.device(device).type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = SyncBatchNorm  # which adds no attribute: another forward for the same parameters and buffers
+        if isinstance(child, Block):
+            child.over_processes = dist.is_initialized()
     return module
 
 

@@ -48,7 +48,7 @@ def pretrain(args, label, flags, steps=None, data=None):
     """One run of a series -> its encoder.pt."""
     out = args.runs / args.what / label
     call(args, "pretrain.py", "--data", data or args.data, "--max-steps", steps or args.steps[-1], "--width", args.width,
-         "--save-every", 50, "--seed", args.seed, "--out", out, *flags)
+         "--lr", args.lr, "--save-every", 50, "--seed", args.seed, "--out", out, *flags)
     return out / "encoder.pt"
 
 
@@ -184,6 +184,7 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300, 1000], help="curve: each of them; else the last")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of pre-training")
     parser.add_argument("--seed", type=int, default=0, help="of pre-training")
     parser.add_argument("--seeds", type=int, default=3, help="of the probe")
     parser.add_argument("--amp", default="auto", help="precision of the frozen encoder")
