@@ -120,6 +120,12 @@ def load(path, sample_rate):
     return x / x.abs().max().clamp(min=1), {"rate": rate, "peak": peak, "clipped": clipped}
 
 
+def _ratio(rate, new_rate):
+    """new_rate / rate in lowest terms; of an odd rate (44,099 Hz) the nearest ratio of smaller numbers, less than a tenth of
+    a cent off: the exact one's filters take gigabytes. Rates up to 384 kHz are exact."""
+    return Fraction(new_rate, rate).limit_denominator(3000).as_integer_ratio()
+
+
 def resample(x, rate, new_rate):
     """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate / rate),).
 
@@ -128,9 +134,8 @@ def resample(x, rate, new_rate):
     """
     if rate == new_rate:
         return x
-    # Of an odd rate (44,099 Hz) the nearest ratio of small numbers, not half a cent off: the exact one takes gigabytes.
-    ratio = Fraction(new_rate, rate).limit_denominator(1000)
-    filters, width, hop = _filters(ratio.numerator, ratio.denominator)
+    up, down = _ratio(rate, new_rate)
+    filters, width, hop = _filters(up, down)
     n = math.ceil(len(x) * new_rate / rate)
     frames = torch.nn.functional.pad(x, (width, width + 2 * hop)).unfold(0, len(filters), hop)
     return (frames @ filters).reshape(-1)[:n]
@@ -142,8 +147,8 @@ def stream(path, sample_rate=SAMPLE_RATE):
     def pieces():
         x = None
         for rate, block in _read(path):
-            ratio = Fraction(sample_rate, rate).limit_denominator(1000)
-            up, down, margin = ratio.numerator, ratio.denominator, 40 * ratio.denominator  # more than the filters' width
+            up, down = _ratio(rate, sample_rate)
+            margin = 40 * down  # more than the filters' width
             x = torch.zeros(margin) if x is None else x
             x = torch.cat([x, torch.from_numpy(block), torch.zeros(0 if len(block) else margin)])
             n = len(x) - 2 * margin  # so many have their neighbours on both sides
@@ -667,7 +672,7 @@ def summary(meta):
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        description="Turn a collection of recordings into one prepared folder under data/.", allow_abbrev=False,
+        prog="prepare.py", description="Turn a collection of recordings into one prepared folder under data/.", allow_abbrev=False,
         usage="python prepare.py --data NAME [--root DIR] [options]; all of them: --help",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")

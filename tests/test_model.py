@@ -123,6 +123,49 @@ def test_folding_the_batch_norm_changes_nothing():
     assert model.weights_sha256(encoder) == before != model.weights_sha256(folded)
 
 
+def blocks_of_torch(encoder):
+    """The same blocks of torch's own layers, in float64; at one place, with negative weights of the batch norm."""
+    with torch.no_grad():
+        for block in encoder.blocks:
+            block[1].weight.uniform_(0.5, 1.5).mul_(torch.where(torch.rand(len(block[1].weight)) < 0.3, -1, 1))
+            block[1].bias.normal_(0, 0.3)
+            block[0].bias.normal_()
+    return nn.Sequential(*[nn.Sequential(*copy.deepcopy(block)) for block in encoder.blocks]).double()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_training_on_a_cpu_equals_torchs_layers_in_float64(dtype, most):
+    """Outputs, gradients of all weights and of the audio, and running statistics, block by block."""
+    torch.manual_seed(0)
+    encoder = model.SampleCNN(width=0.125).train()
+    plain = blocks_of_torch(encoder)
+    x = torch.randn(6, 1, 1, 59049)
+    x[5] = 0  # silence: every position is a maximum
+    for ours, theirs in zip(encoder.to(dtype).blocks, plain):
+        a, b = x.to(dtype, copy=True).requires_grad_(), x.to(torch.float64, copy=True).requires_grad_()
+        y, want = ours(a), theirs(b)
+        upstream = torch.randn(want.shape, dtype=torch.float64) * (want > 1e-3)  # away from ReLU's corner
+        y.backward(upstream.to(dtype))
+        want.backward(upstream)
+        pairs = [(y, want), (a.grad, b.grad), *((p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters())), *zip(ours.buffers(), theirs.buffers())]
+        for i, (got, expected) in enumerate(pairs):
+            assert got.shape == expected.shape
+            if i == 3:  # the bias before a batch norm
+                assert not got.any() and expected.abs().max() < 1e-6
+            else:
+                assert (got.double() - expected.double()).norm() <= most * expected.double().norm(), (ours, i)
+        x = want.detach().float()
+
+
+def test_training_on_a_cpu_takes_any_layout_of_memory():
+    torch.manual_seed(0)
+    block, x = model.SampleCNN._block(4, 6, pool=True), torch.randn(3, 4, 1, 27)
+    want = copy.deepcopy(block)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
+
+
 def test_recomputing_gives_the_same_gradients_and_statistics():
     torch.manual_seed(0)
     plain = model.SampleCNN(width=0.125).train()

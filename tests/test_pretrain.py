@@ -114,11 +114,12 @@ def test_cpc_equals_loops():
 
 
 class Toy(nn.Module):
-    """A convolution with batch norm and a projection: what CLMR's gradients pass through, in float64."""
+    """Two blocks of SampleCNN and a projection: what CLMR's gradients pass through, in float64."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 4, (1, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+        block = model.SampleCNN._block
+        self.layers = nn.Sequential(block(1, 4, stride=3), block(4, 5, pool=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 6))
 
     def forward(self, x):
         return self.layers(x)
@@ -138,7 +139,7 @@ def toy_run(rank, size, port, folder):
         parallel = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False) if size > 1 else learner
         optimiser = torch.optim.SGD(learner.parameters(), lr=0.1)
         for step in range(5):
-            x = torch.randn(2, 8, 1, 1, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(2, 8, 1, 1, 81, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
             value, _ = parallel(x[:, rank * 8 // size : (rank + 1) * 8 // size].flatten(0, 1))
             optimiser.zero_grad()
             value.backward()
@@ -172,27 +173,9 @@ def test_two_and_four_processes_equal_one_in_gradients_and_after_five_steps(tmp_
             assert many[loss]["loss"] == pytest.approx(one[loss]["loss"], rel=1e-12)
             for i, (a, b) in enumerate(zip(one[loss]["grads"], many[loss]["grads"])):
                 assert torch.allclose(a, b, rtol=1e-9, atol=1e-13)
-                assert a.abs().max() > 1e-6 or i == 1  # the bias before a batch norm has no gradient
+                assert a.abs().max() > 1e-6 or i in (1, 5)  # the bias before a batch norm has no gradient
             for key, value in one[loss]["state"].items():
                 assert torch.allclose(value.double(), many[loss]["state"][key].double(), rtol=1e-10, atol=1e-12), key
-
-
-def test_the_norm_of_our_own_is_as_good_as_float64(tmp_path):
-    """In float32, on columns long enough that a running sum would lose digits."""
-    torch.manual_seed(0)
-    x = (torch.randn(8, 8, 1, 19683) * 0.3 + 2).contiguous(memory_format=torch.channels_last)
-    norm, grads = nn.BatchNorm2d(8), []
-    upstream = torch.randn(x.shape, dtype=torch.float64) * (x > 2)
-    for dtype, ours in ((torch.float64, False), (torch.float32, True)):
-        layer = copy.deepcopy(norm).to(dtype)
-        layer = model.synchronise(nn.Sequential(layer), "cpu")[0] if ours else layer
-        assert ours == isinstance(layer, model.SyncBatchNorm)
-        leaf = x.to(dtype).requires_grad_()
-        y = layer(leaf)
-        y.backward(upstream.to(dtype))
-        grads.append([y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
-    for want, got in zip(*grads):
-        assert (got - want).norm() <= 2e-6 * want.norm()
 
 
 def torchrun(size, *args, **kwargs):
