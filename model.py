@@ -37,7 +37,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
 
 # -------------------------------------------------- The machine: three choices that every script makes in the same way
 
@@ -103,34 +102,16 @@ class Block(nn.Sequential):
     """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T').
 
     Training on a CPU in float32 or float64 goes through `TrainingStep`: the same numbers, exact statistics, less time and
-    memory. With `recompute` the backward pass computes the convolution's output (elsewhere: of the stem, whose convolution
-    is cheap, everything; of the others, all after the convolution) again instead of keeping it: the same gradients."""
+    memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass."""
 
     recompute = False
     over_processes = False  # on the CPU: statistics over all processes; set by `synchronise`
 
     def forward(self, x):
-        conv, norm = self[0], self[1]
-        if self.training and x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu")):
-            return TrainingStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, len(self) == 4, self.recompute, self.over_processes)
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
+        conv, norm, plain = self[0], self[1], x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        if not self.training or (plain and not (self.recompute or self.over_processes)):
             return super().forward(x)
-        stem, layers = x.shape[1] == 1, list(self)
-        again = nn.Sequential(*layers) if stem else nn.Sequential(*layers[1:])
-        return checkpoint(again, x if stem else conv(x), use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (contextlib.nullcontext(), self._running_statistics_untouched()))
-
-    @contextlib.contextmanager
-    def _running_statistics_untouched(self):
-        """The second computation of a batch must not count as a second batch."""
-        norm = self[1]
-        momentum, seen = norm.momentum, norm.num_batches_tracked.clone()
-        norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(seen)
+        return TrainingStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, len(self) == 4, self.recompute, self.over_processes)
 
 
 def as_rows(image):
@@ -144,7 +125,7 @@ def as_image(rows):
 
 
 class TrainingStep(torch.autograd.Function):
-    """A block's forward and backward pass in training on a CPU, a few examples at a time, so that they stay in its cache.
+    """A block's forward and backward pass in training; on a CPU a few examples at a time, so that they stay in its cache.
 
     torch's layers each pass over the whole batch; its batch norm adds up long channels-last columns one number after the
     other (gradients off by up to 3 % against float64; here 2e-5), and its weight gradient of channels-last float32
@@ -159,12 +140,13 @@ class TrainingStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, norm, pool, recompute, over_processes):
-        stem, dtype = x.shape[1] == 1, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        stem, kind = x.shape[1] == 1, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         sign = torch.where(gamma < 0, -1.0, 1.0).to(weight)
         w = (weight * sign.view(-1, 1, 1, 1)).to(dtype)
         w, x = (w.flatten(1), x.to(dtype).reshape(len(x), -1, 3)) if stem else (w, as_rows(x.to(dtype)))
-        ctx.size = max(1, (1 << 20) // (x.shape[1] * len(w)))  # examples of a group
-        kept, tops, pivot, sums = [], [], None, torch.zeros(2, len(w), dtype=torch.float64)
+        ctx.size = max(1, (1 << 20) // (x.shape[1] * len(w))) if kind == "cpu" else len(x)  # examples of a group
+        kept, tops, pivot, sums = [], [], None, x.new_zeros(2, len(w), dtype=torch.float64)
         for rows in x.split(ctx.size):
             y = TrainingStep.convolve(rows, w)  # (b, T, C')
             high = y.to(gamma.dtype)
@@ -201,7 +183,7 @@ class TrainingStep(torch.autograd.Function):
     def backward(ctx, grad):
         x, w, sign, gamma, mean, inverse, out, top, *kept = ctx.saved_tensors
         high, stem, parts, masked, dx = gamma.dtype, w.dim() == 2, x.split(ctx.size), [], []
-        sums, dw = torch.zeros(2, len(w), dtype=torch.float64), torch.zeros(1 if stem else 3, *w.shape[:2], dtype=high)
+        sums, dw = x.new_zeros(2, len(w), dtype=torch.float64), x.new_zeros(1 if stem else 3, *w.shape[:2], dtype=high)
         centre = mean.to(high)
         for i, (g, o) in enumerate(zip(as_rows(grad).split(ctx.size), out.split(ctx.size))):
             t = top[i * ctx.size : (i + 1) * ctx.size] if ctx.pool else TrainingStep.convolve(parts[i], w)
@@ -216,7 +198,7 @@ class TrainingStep(torch.autograd.Function):
         offset, slope, scale = (-scale * sums[0] / ctx.count - slope * mean).to(high), slope.to(high), scale.to(high)
         back = None if stem else w.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         for i, rows in enumerate(parts):
-            y = kept[i] if kept else TrainingStep.convolve(rows, w)
+            y = (kept[i] if kept else TrainingStep.convolve(rows, w)).to(high)
             d, g = torch.addcmul(offset, y, slope), masked[i].mul_(scale)  # (b, T, C')
             if ctx.pool:
                 g, y = as_image(g), as_image(y)
