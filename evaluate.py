@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -514,9 +513,6 @@ def run(args, clips, encoder, info, model):
             less = {m: r["mean"][m] - other["mean"][m] for m in names}
             span = {m: interval(r["_draws"][m] - other["_draws"][m], less[m]) for m in names}
             r["over_untrained"] = {m: {"mean": less[m], "interval": span[m]} for m in names}
-    git, commit = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}, None
-    with contextlib.suppress(OSError):  # a machine without git
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip() or None
     counted, split = " / ".join(str(c["clips"]) for c in counts.values()), clips.meta.get("split_name")
     lines = [{"model": r["model"], "probe": r["probe"],
               "labels": f"{100 * r['fraction']:g} % ({r['runs'][0]['clips']:,d} clips)",
@@ -528,7 +524,7 @@ def run(args, clips, encoder, info, model):
         "data": {"name": clips.name, "split": split, "counts": counts, "tags": clips.tags, "task": clips.task,
                  "fingerprint": clips.fingerprint},
         "encoder": {**info, "encoder": kind, "sizes": sizes, "sha256": list(before.values()), "unchanged": True},
-        "versions": {**model.versions(), "numpy": np.__version__}, "commit": commit, "device": str(device),
+        "versions": {**model.versions(), "numpy": np.__version__}, "code": model.code_version(), "device": str(device),
         "protocol": vars(args), "results": results, "_encoder": base, "_features": list(kept.values())}
 
 

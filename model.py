@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -105,12 +106,13 @@ class Block(nn.Sequential):
     memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass."""
 
     recompute = False
-    over_processes = False  # on the CPU: statistics over all processes; set by `synchronise`
+    over_processes = False  # statistics over all processes; set by `synchronise`
 
     def forward(self, x):
-        conv, norm, plain = self[0], self[1], x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        if not self.training or (plain and not (self.recompute or self.over_processes)):
+        on_cpu = x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu"))
+        if not self.training or not (on_cpu or self.recompute):
             return super().forward(x)
+        conv, norm = self[0], self[1]
         return TrainingStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, len(self) == 4, self.recompute, self.over_processes)
 
 
@@ -358,12 +360,10 @@ def build_encoder(name, **sizes) -> nn.Module:
 
 def synchronise(module: nn.Module, device) -> nn.Module:
     """Every batch norm of `module` takes its statistics over all processes from now on (section 3.2)."""
-    if torch.device(device).type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if isinstance(child, Block):
             child.over_processes = dist.is_initialized()
-    return module
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if torch.device(device).type == "cuda" else module
 
 
 def fold_batch_norm(encoder: nn.Module) -> nn.Module:
@@ -569,6 +569,14 @@ def _finish_export(path, sidecar, pairs):
 def versions() -> dict:
     """Versions that explain a number."""
     return {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
+
+
+def code_version() -> str:
+    """The git commit of this file's folder, `+` when it has changes; `unknown` outside a repository or without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 def _sidecar(encoder, module, sample_rate, out_dim, tags, task, info):

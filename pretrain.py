@@ -26,7 +26,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -471,7 +470,7 @@ def train(args, clips, valid, Chain, model, device, amp):
     if changed:
         raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, "
                          "or --out for a new run")
-    if size > 1 or (not gpu and amp == "off"):
+    if size > 1:
         learner = model.synchronise(learner, device)
     learner.to(device).train()
     if gpu:
@@ -490,7 +489,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
         return 0
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
-    head = {"command": sys.argv, "code": code_version(), "versions": model.versions() | {"numpy": np.__version__},
+    head = {"command": sys.argv, "code": model.code_version(), "versions": model.versions() | {"numpy": np.__version__},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
             "continued_from": done, "total": total, "songs": pairs.songs, "left_out": pairs.left_out,
             "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
@@ -578,14 +577,6 @@ def train(args, clips, valid, Chain, model, device, amp):
         return 128 + stop
     say(f"{out}/encoder.pt after {total} steps. Next: python evaluate.py --ckpt {out}/encoder.pt")
     return 0
-
-
-def code_version() -> str:
-    """The git commit of this file's folder, `+` when it has changes; `unknown` outside a repository."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def main(argv=None):

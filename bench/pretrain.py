@@ -9,14 +9,14 @@ allocator is set once per process), in turn: A B C A B C ...; the figures are me
   released    the released network written plainly (Conv1d, ReLU before max-pool), float32, torch's Adam, glibc as it is
   ours        model.py with its allocator setting and bfloat16 autocast, as pretrain.py runs it
   recompute   ours with --recompute 3
-  float32     ours with --amp off: torch's batch norm replaced by the accurate one
+  float32     ours with --amp off: model.TrainingStep (the same as `ours` where the processor has no bfloat16)
 `chain` is the share that the augmentation chain takes of a step of `ours` on real draws. The roof is what a large matrix product
 reaches in the same precision in the same run, over the 20.7 GFLOP that a pair takes forward and backward.
 
 kills: the real script is killed with SIGKILL at random moments, and continued, until it has survived so many kills; its weights
 must then equal, bit for bit, those of a run nobody touched. With one process and with two under torchrun.
 
-curves: the loss of the full network over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
+curves: the loss of the network (--width) over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
 """
 import argparse
@@ -77,8 +77,6 @@ def time_steps(variant, batch, steps):
     if variant == "recompute":
         encoder.recompute(3)
     learner = pretrain.CLMR(encoder, model.Projector())
-    if variant == "float32":
-        learner = model.synchronise(learner, "cpu")
     optimiser = torch.optim.Adam(learner.parameters(), lr=3e-4, **({} if variant == "released" else {"fused": True}))
     views, times, chains = torch.randn(2 * batch, 1, 59049) * 0.1, [], []
     chain = augment.Chain(22050)
@@ -187,7 +185,7 @@ def kills(args):
 # ------------------------------------------------------------------------------------------------------------ curves
 
 
-def curve(variant, data, batch, steps):
+def curve(variant, data, width, batch, steps):
     """In a process of its own: the losses of `steps` steps on real views."""
     import model
     import prepare
@@ -200,14 +198,12 @@ def curve(variant, data, batch, steps):
 
     clips = prepare.Clips(prepare.find(data), "train")
     torch.manual_seed(0)
-    encoder = model.build_encoder("samplecnn")
-    learner = pretrain.CLMR(encoder, model.Projector())
+    encoder = model.build_encoder("samplecnn", width=float(width))
+    learner = pretrain.CLMR(encoder, model.Projector(encoder.out_dim))
     if variant == "rounded":
         with torch.no_grad():
             for p in learner.parameters():
                 p.copy_(p.bfloat16().float())
-    if variant != "bfloat16":
-        learner = model.synchronise(learner, "cpu")
     optimiser = torch.optim.Adam(learner.parameters(), lr=3e-4, fused=True)
     pairs, chain, losses = pretrain.Pairs(clips.length, clips.group, encoder.input_samples, batch, 0), augment.Chain(clips.sample_rate), []
     for step in range(steps):
@@ -224,7 +220,7 @@ def curve(variant, data, batch, steps):
 
 
 def curves(args):
-    found = {v: in_a_process("curve", v, args.data, args.batch_sizes[0], args.max_steps) for v in ("float32", "rounded", "bfloat16")}
+    found = {v: in_a_process("curve", v, args.data, args.width, args.batch_sizes[0], args.max_steps) for v in ("float32", "rounded", "bfloat16")}
     base, rows, away = found["float32"], [], {}
     spread = statistics.pstdev(b - a for a, b in zip(base, base[1:]))
     for variant, losses in found.items():
@@ -232,7 +228,7 @@ def curves(args):
         rows.append({"variant": variant, "first loss": f"{losses[0]:.4f}", "mean of the last ten": f"{statistics.mean(losses[-10:]):.4f}",
                      "mean distance to float32": f"{statistics.mean(away[variant]):.4f}", "largest": f"{max(away[variant]):.4f}"})
     return {"losses": {v: [round(x, 5) for x in losses] for v, losses in found.items()}, "step_to_step": round(spread, 4), "table": rows,
-            "caption": f"NT-Xent over {args.max_steps} steps of batch {args.batch_sizes[0]} on {args.data}, full network, same views and start; from one step to "
+            "caption": f"NT-Xent over {args.max_steps} steps of batch {args.batch_sizes[0]} on {args.data}, width {args.width:g}, same views and start; from one step to "
                        f"the next the float32 loss itself moves by {spread:.3f} (standard deviation)."}
 
 
@@ -252,6 +248,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="speed: timed steps per process, after one that is not timed")
     parser.add_argument("--variants", nargs="+", default=["released", "ours", "recompute", "float32"], help="speed")
     parser.add_argument("--data", default="demo", help="kills, curves: prepared data")
+    parser.add_argument("--width", type=float, default=1.0, help="curves: factor on all channels")
     parser.add_argument("--max-steps", type=int, help="kills (default: 5 a kill), curves (default: 30)")
     parser.add_argument("--kills", type=int, default=20, help="kills of the run with one process, and of that with two")
     parser.add_argument("--spread", type=float, default=0.5, help="kills: seconds within which the kill comes")

@@ -38,10 +38,10 @@ def log_of(path):
     """What the log of a finished run says: pairs, pairs a second (median), hours at that speed, peak memory."""
     records = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rates = sorted(r["pairs_per_s"] for r in records if "pairs_per_s" in r)
-    done, first = [r for r in records if r.get("done")][-1], records[0]
-    pairs = [r for r in records if "pairs" in r][-1]["pairs"]
-    return {"pairs": pairs, "steps": done["step"], "pairs_per_s": rates[len(rates) // 2], "hours": round(pairs / rates[len(rates) // 2] / 3600, 2),
-            "peak_gib": done.get("peak_gib"), "amp": first["config"]["amp"], "threads": first["threads"], "code": first["code"]}
+    last, first = [r for r in records if "pairs" in r][-1], records[0]
+    peak = next((r["peak_gib"] for r in reversed(records) if r.get("done")), None)  # a run that was stopped has none
+    return {"pairs": last["pairs"], "steps": last["step"], "pairs_per_s": rates[len(rates) // 2],
+            "hours": round(last["pairs"] / rates[len(rates) // 2] / 3600, 2), "peak_gib": peak, "amp": first["config"]["amp"], "threads": first["threads"], "code": first["code"]}
 
 
 def pretrain(args, label, flags, steps=None, data=None):
@@ -165,7 +165,7 @@ def numbers(args):
             values = (f"{100 * r['mean'][m]:.1f} ± {100 * (r['interval'][m][1] - r['interval'][m][0]) / 2:.1f}" for m in ("roc_auc", "pr_auc"))
             table.append({"data": args.data, "what": f"{r['model']}, {100 * r['fraction']:g} % of the labels", "the paper": "-", "here": " / ".join(values),
                           "type": f"`evaluate.py --ckpt runs/{args.data}/encoder.pt --random --fraction 0.1 1`",
-                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['hours']:g} h of {os.cpu_count()} cores, {cost['peak_gib']:.0f} GiB"})
+                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['hours']:g} h at {cost['pairs_per_s']:g} pairs/s on two cores ({cost['amp']})"})
     note = "ROC-AUC / PR-AUC in percent. ± is half of the 95 % interval over test songs: how far a test set of the same size may be."
     out = args.out or Path("results/numbers.json")
     out.write_text(json.dumps({"caption": note, "table": table}, indent=1, ensure_ascii=False) + "\n")
