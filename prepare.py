@@ -601,19 +601,31 @@ class Clips:
         return len(self.length)
 
     def __getstate__(self):
-        return {key: value for key, value in vars(self).items() if key != "audio"}  # each process maps it for itself
+        return {key: value for key, value in vars(self).items() if key not in ("audio", "kept")}  # each process maps it
 
     @functools.cached_property
     def audio(self):
         """All samples, int16, memory-mapped: clip i is audio[start[i] : start[i] + length[i]]."""
         return np.load(self.folder / "audio.npy", mmap_mode="r")
 
+    kept = None  # the samples (M,) int16 in a device's memory
+
+    def keep_on(self, device):
+        """Copy all samples to `device`, from where `crops` then cuts; False where half of a GPU's free memory is too small."""
+        if torch.device(device).type == "cuda" and self.audio.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return False
+        self.kept = torch.empty(len(self.audio), dtype=torch.int16, device=device)
+        for i in range(0, len(self.audio), 1 << 26):  # in pieces: the whole need not fit into this machine's memory
+            self.kept[i : i + (1 << 26)] = torch.from_numpy(np.array(self.audio[i : i + (1 << 26)]))
+        return True
+
     def waveform(self, i):
         """Clip i as (T,) float32 in [-1, 1)."""
         return self.crops([i], [0], int(self.length[i]))[0, 0]
 
     def crops(self, index, start, n_samples):
-        """Cut B crops, the b-th from sample start[b] of clip index[b] on -> (B, 1, n_samples) float32 in [-1, 1).
+        """Cut B crops, the b-th from sample start[b] of clip index[b] on -> (B, 1, n_samples) float32 in [-1, 1), on the
+        CPU, or where `keep_on` put the samples.
 
         Raises ValueError for a crop that is not wholly inside its clip: it would be filled from the neighbour.
         """
@@ -623,6 +635,9 @@ class Clips:
         for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
             raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, "
                              f"{self.length[index[b]]} samples long")
+        if self.kept is not None:
+            at = torch.from_numpy(self.start[index] + start).to(self.kept.device)[:, None, None]
+            return self.kept[at + torch.arange(n_samples, device=at.device)] / FULL_SCALE
         crops, firsts = torch.empty(len(index), 1, n_samples), (self.start[index] + start).tolist()
         audio, pages = np.asarray(self.audio), self.audio.base  # the plain array is sliced three times as fast
         for first in firsts if hasattr(mmap, "MADV_WILLNEED") else ():

@@ -475,6 +475,7 @@ def train(args, clips, valid, Chain, model, device, amp):
     learner.to(device).train()
     if gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        clips.keep_on(device)  # if they fit; else a thread reads them ahead
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = {"learner": learner, "optimiser": optimiser, "scaler": scaler}
@@ -489,7 +490,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
         return 0
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
-    head = {"command": sys.argv, "code": model.code_version(), "versions": model.versions() | {"numpy": np.__version__},
+    head = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": model.code_version(), "versions": model.versions() | {"numpy": np.__version__},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
             "continued_from": done, "total": total, "songs": pairs.songs, "left_out": pairs.left_out,
             "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
@@ -508,7 +509,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         if cpc:
             n = encoder.frames_per_window
             negatives = [torch.randint(args.batch_size * n, (args.batch_size, n, 15), generator=values)[mine]]
-        return (audio.pin_memory() if gpu else audio), draws, negatives
+        return (audio.pin_memory() if gpu and not audio.is_cuda else audio), draws, negatives
 
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -103,11 +103,13 @@ def probe(args, encoders):
     if args.dry_run:
         return
     result = json.loads(out.read_text())
-    costs = {}
-    for label, path in encoders.items():
-        folder = path.parent if (path.parent / "log.jsonl").exists() else args.runs / args.what / "run"
-        if (folder / "log.jsonl").exists():
-            costs[label] = log_of(folder / "log.jsonl")
+    # curve keeps the encoders of one run, whose log stands in its own folder
+    logs = {label: path.parent / "log.jsonl" for label, path in encoders.items()} if args.what != "curve" else {
+        list(encoders)[-1]: args.runs / "curve/run/log.jsonl"}
+    costs = {label: log_of(path) for label, path in logs.items()}
+    with open(out.with_suffix(".jsonl"), "w") as file:
+        for label, path in logs.items():
+            file.writelines(json.dumps({"run": label, **json.loads(line)}) + "\n" for line in path.read_text().splitlines())
     for row in result["table"]:
         cost = costs.get(row["trained on"])
         if cost and args.what != "curve":

@@ -224,6 +224,17 @@ def test_what_stands_in_the_folder_is_what_was_decoded(tiny_data, tiny_audio):
     assert kinds == {"start": np.int64, "length": np.int64, "group": np.int64, "split": np.uint8, "labels": np.uint8}
 
 
+def test_crops_from_a_devices_memory_are_those_from_the_disk(tiny_data):
+    train = prepare.Clips(tiny_data, "train")
+    index, start = np.arange(len(train)), np.arange(len(train)) * 11
+    want = train.crops(index, start, 59049)
+    assert train.keep_on("cpu") and train.kept.dtype == torch.int16
+    assert torch.equal(train.crops(index, start, 59049), want)
+    with pytest.raises(ValueError, match="not inside"):
+        train.crops([0], [train.length[0] - 59048], 59049)
+    assert pickle.loads(pickle.dumps(train)).kept is None
+
+
 def test_views_and_crops(tiny_data):
     everything, test = prepare.Clips(tiny_data), prepare.Clips(tiny_data, "test")
     own = np.flatnonzero(everything.split == 2)
