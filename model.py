@@ -214,11 +214,8 @@ class TrainingStep(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx.append(d @ w if stem else TrainingStep.convolve(d, back))
         dw = (dw * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3); of the stem (C', 3, 1, 1)
-        dx = torch.cat(dx) if dx else None
-        if stem:
-            dw, dx = dw.permute(0, 3, 2, 1), None if dx is None else dx.flatten(1)[:, None, None]
-        else:
-            dx = as_image(dx)
+        dw = dw.transpose(1, 3) if stem else dw
+        dx = None if not dx else torch.cat(dx).flatten(1)[:, None, None] if stem else as_image(torch.cat(dx))
         return dx, dw, torch.zeros_like(gamma), own[1] * sign, own[0], None, None, None, None
 
 

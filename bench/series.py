@@ -142,13 +142,25 @@ def draw(args, result, path):
 
 
 def labels(args):
-    """The label fractions of Figure 4 for CLMR, the supervised network and the untrained control; the picture beside the JSON."""
-    out = args.out or Path("results/labels.json")
-    call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, "--random", *(["--supervised"] if args.supervised else []),
-         "--fraction", *args.fraction, "--seeds", args.seeds, "--amp", args.amp, "--out", out, "--export", args.runs / "labels")
+    """The label fractions of Figure 4 for CLMR, the untrained control and the supervised network; the picture beside the JSON."""
+    out, result = args.out or Path("results/labels.json"), None
+    kinds = [(["--random"], args.seeds)] + ([(["--supervised"], args.supervised)] if args.supervised else [])
+    for flags, seeds in kinds:  # a network trained end to end takes minutes to hours, a probe seconds
+        call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--fraction", *args.fraction, "--seeds", seeds, "--amp", args.amp,
+             "--out", out, "--export", args.runs / "labels")
+        if args.dry_run:
+            continue
+        part = json.loads(out.read_text())
+        keep = [i for i, r in enumerate(part["results"]) if result is None or r["model"] == "supervised"]
+        rows, lines = [part["results"][i] for i in keep], [{"seeds": seeds, **part["table"][i]} for i in keep]
+        result = {**part, "results": rows, "table": lines} if result is None else {
+            **result, "results": result["results"] + rows, "table": result["table"] + lines}
+    if args.dry_run:
+        return
+    result["caption"] = result["caption"].replace(f" over {args.seeds} seeds", " over seeds") + f" `{shlex.join(['python', 'bench/series.py', *sys.argv[1:]])}`"
+    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     call(args, "transfer.py", "--results", out, "--plots", args.runs / "labels")
-    if not args.dry_run:
-        shutil.copy(args.runs / "labels" / out.stem / "fractions.png", out.with_suffix(".png"))
+    shutil.copy(args.runs / "labels" / out.stem / "fractions.png", out.with_suffix(".png"))
 
 
 def numbers(args):
@@ -181,7 +193,7 @@ def main():
     parser.add_argument("--other", help="domains: other music to pre-train on")
     parser.add_argument("--both", help="domains: both together, prepared as one")
     parser.add_argument("--ckpt", type=Path, help="labels: the encoder")
-    parser.add_argument("--supervised", action="store_true", help="labels: also the network trained end to end (hours on a CPU)")
+    parser.add_argument("--supervised", type=int, default=0, metavar="SEEDS", help="labels: also so many networks trained end to end (hours on a CPU)")
     parser.add_argument("--fraction", nargs="+", default=["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"], help="labels")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300, 1000], help="curve: each of them; else the last")
     parser.add_argument("--width", type=float, default=1.0)

@@ -164,6 +164,8 @@ def test_training_on_a_cpu_takes_any_layout_of_memory():
     assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
+    block(x).sum().backward()  # behind frozen layers: weights alone ask for a gradient
+    assert block[1].bias.grad.any() and block[0].weight.grad.shape == block[0].weight.shape
 
 
 def test_recomputing_gives_the_same_gradients_and_statistics():

@@ -1,5 +1,6 @@
 """The house rules: the one-way order of imports, files that work alone, commands and tables that cannot rot, doctests."""
 import ast
+import csv
 import importlib
 import re
 import shlex
@@ -8,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = {"prepare": set(), "augment": set(), "model": set(), "pretrain": {"prepare", "augment", "model"},
@@ -121,3 +124,17 @@ def test_the_demo_runs_on_the_music_that_ships(tmp_path, run):
         done = run(args, env={"PATH": ""})  # nor do they need git, or any other program
         assert done.returncode == 0, (args, done.stderr[-2000:])
     assert "Nikola Whallon" in done.stdout or "%" in done.stdout
+
+
+def test_the_encoder_and_the_tagger_that_ship_work_after_a_clone(tmp_path, run):
+    song = sorted((ROOT / "demo/audio").glob("*.ogg"))[0]
+    done = run(["evaluate.py", "--ckpt", "demo/encoder.pt", "--embed", song, "--out", tmp_path])
+    rows = np.load(tmp_path / f"{song.name}.npz")["embedding"]
+    assert done.returncode == 0 and rows.shape[0] == 7 and np.isfinite(rows).all() and rows.std(0).any()
+    done = run(["evaluate.py", "--ckpt", "demo/tagger.ts", "--tag", song])
+    with open(ROOT / "demo/labels.csv", newline="") as file:
+        authors = {row["label"] for row in csv.DictReader(file)}
+    assert done.returncode == 0 and {line.split("%")[1].strip() for line in done.stdout.splitlines()[1:]} == authors
+    info = torch.load(ROOT / "demo/encoder.pt", weights_only=True)
+    card = (ROOT / "demo/MODEL_CARD.md").read_text()
+    assert f"batch {info['batch_size']}" in card and f"{info['step']} steps" in card and f"--width {info['sizes']['width']:g}" in card
