@@ -93,6 +93,20 @@ def methods(args):
     return {**found, "CPC, equal seconds": pretrain(args, "cpc", ["--method", "cpc", "--log-every", 5], max(20, steps))}
 
 
+def keep_logs(args, encoders, out):
+    """The logs of a series' runs in one file beside its JSON, each line with its run's name -> what each run took."""
+    logs = {label: path.parent / "log.jsonl" for label, path in encoders.items()}
+    if args.what == "curve":  # the encoders of one run
+        logs = {list(encoders)[-1]: args.runs / "curve/run/log.jsonl"}
+    with open(out.with_suffix(".jsonl"), "w") as file:
+        for label, path in logs.items():
+            for record in map(json.loads, path.read_text().splitlines()):
+                if "command" in record:
+                    record["command"][0] = Path(record["command"][0]).name
+                file.write(json.dumps({"run": label, **record}) + "\n")
+    return {label: log_of(path) for label, path in logs.items()}
+
+
 def probe(args, encoders):
     """transfer.py over all encoders of a series; their costs beside their scores."""
     out = args.out or Path("results", f"{args.what}.json")
@@ -103,13 +117,7 @@ def probe(args, encoders):
     if args.dry_run:
         return
     result = json.loads(out.read_text())
-    # curve keeps the encoders of one run, whose log stands in its own folder
-    logs = {label: path.parent / "log.jsonl" for label, path in encoders.items()} if args.what != "curve" else {
-        list(encoders)[-1]: args.runs / "curve/run/log.jsonl"}
-    costs = {label: log_of(path) for label, path in logs.items()}
-    with open(out.with_suffix(".jsonl"), "w") as file:
-        for label, path in logs.items():
-            file.writelines(json.dumps({"run": label, **json.loads(line)}) + "\n" for line in path.read_text().splitlines())
+    costs = keep_logs(args, encoders, out)
     for row in result["table"]:
         cost = costs.get(row["trained on"])
         if cost and args.what != "curve":
