@@ -152,9 +152,10 @@ def draw(args, result, path):
 def labels(args):
     """The label fractions of Figure 4 for CLMR, the untrained control and the supervised network; the picture beside the JSON."""
     out, result = args.out or Path("results/labels.json"), None
-    kinds = [(["--random"], args.seeds)] + ([(["--supervised"], args.supervised)] if args.supervised else [])
-    for flags, seeds in kinds:  # a network trained end to end takes minutes to hours, a probe seconds
-        call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--fraction", *args.fraction, "--seeds", seeds, "--amp", args.amp,
+    kinds = [("--random", args.seeds, args.fraction)]
+    kinds += [("--supervised", args.supervised, args.supervised_fraction or args.fraction)] if args.supervised else []
+    for flag, seeds, fraction in kinds:  # a network trained end to end takes minutes to hours, a probe seconds
+        call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, flag, "--fraction", *fraction, "--seeds", seeds, "--amp", args.amp,
              "--out", out, "--export", args.runs / "labels")
         if args.dry_run:
             continue
@@ -202,6 +203,7 @@ def main():
     parser.add_argument("--both", help="domains: both together, prepared as one")
     parser.add_argument("--ckpt", type=Path, help="labels: the encoder")
     parser.add_argument("--supervised", type=int, default=0, metavar="SEEDS", help="labels: also so many networks trained end to end (hours on a CPU)")
+    parser.add_argument("--supervised-fraction", nargs="+", help="labels: of these (default: of --fraction)")
     parser.add_argument("--fraction", nargs="+", default=["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"], help="labels")
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 300, 1000], help="curve: each of them; else the last")
     parser.add_argument("--width", type=float, default=1.0)
