@@ -346,9 +346,11 @@ def usable(clips, size):
     return rows, counts
 
 
-def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=contextlib.nullcontext, **options):
+def network_on(build, clips, rows, mode="balanced", batch_size=48, min_steps=100, autocast=contextlib.nullcontext,
+               **options):
     """For `evaluate`: encoder and layer trained together (section 4.3), the supervised baseline, or fine-tuning.
-    build(seed): the encoder to start from. An epoch is one random window of every clip; of mode v1 its windows."""
+    build(seed): the encoder to start from. An epoch is one random window of every clip (of mode v1 its windows), drawn
+    anew until there are min_steps steps: 540 clips make 11, after which no validation score says anything yet."""
     labels = torch.from_numpy(clips.labels).float()
 
     def run(chosen, seed):
@@ -358,11 +360,12 @@ def network_on(build, clips, rows, mode="balanced", batch_size=48, autocast=cont
         examples, valid = clip[chosen] if mode == "v1" else np.unique(clip[chosen]), clip[rows["valid"]]
 
         def batches():
-            begin = start[chosen] if mode == "v1" else rng.integers(0, clips.length[examples] - size + 1)
-            order = rng.permutation(len(examples))
-            order = order[: len(order) // batch_size * batch_size or len(order)]  # a short batch has odd statistics
-            y = labels[examples[order]].to(device).split(batch_size)
-            return zip((x.to(device) for x in crops(clips, examples[order], begin[order], size, batch_size)), y)
+            for _ in range(math.ceil(min_steps / max(1, len(examples) // batch_size))):
+                begin = start[chosen] if mode == "v1" else rng.integers(0, clips.length[examples] - size + 1)
+                order = rng.permutation(len(examples))
+                order = order[: len(order) // batch_size * batch_size or len(order)]  # a short batch has odd statistics
+                y = labels[examples[order]].to(device).split(batch_size)
+                yield from zip((x.to(device) for x in crops(clips, examples[order], begin[order], size, batch_size)), y)
 
         def logits(split):
             with autocast():
@@ -482,7 +485,7 @@ def run(args, clips, encoder, info, model):
     (rows, counts), (clip, start) = usable(clips, size), windows(clips.length, size)
     both = {"lr": args.lr, "weight_decay": args.weight_decay, "patience": args.patience, "epochs": args.epochs}
     head, fit = f"hidden {args.hidden}" if args.hidden else "linear", partial(
-        fit_probe, hidden=args.hidden, min_steps=args.min_steps, batch_size=args.batch_size or 256, **both)
+        fit_probe, hidden=args.hidden, min_steps=args.min_steps or 500, batch_size=args.batch_size or 256, **both)
     if args.head or args.probe == "lbfgs":
         head, fit = (args.head.name, load_probe(args.head)) if args.head else ("lbfgs", fit_lbfgs)
     if encoder:
@@ -500,7 +503,7 @@ def run(args, clips, encoder, info, model):
         if wanted:
             jobs.append((label, "end to end", network_on(
                 lambda seed, begin=begin: build(seed, begin).to(device), clips, rows, args.fraction_mode,
-                args.batch_size or 48, lambda: model.autocast(device, args.amp), **both)))
+                args.batch_size or 48, args.min_steps or 100, lambda: model.autocast(device, args.amp), **both)))
     how = args.fraction, range(args.seed, args.seed + args.seeds), args.fraction_mode, args.clip_score, args.bootstrap
     results = [{"model": label, "probe": probe, **result} for label, probe, trained in jobs
                for result in evaluate(trained, clips, size, *how)]
@@ -627,7 +630,7 @@ def build_parser():
     add("--weight-decay", type=float, default=1e-6, help="Adam's weight decay")
     add("--patience", type=int, default=5, metavar="N", help="epochs without a better validation score before it stops")
     add("--epochs", type=int, default=1000, metavar="N", help="the most epochs")
-    add("--min-steps", type=int, default=500, metavar="N", help="steps that an epoch of a probe has at least")
+    add("--min-steps", type=int, metavar="N", help="steps that an epoch has at least (default: 500, a network's 100)")
     add("--batch-size", type=int, metavar="N", help="windows per step (default: probes 256, networks 48)")
     add("--clip-score", choices=["sigmoid", "logit"], default="sigmoid", help="mean of probabilities or logits")
     add = parser.add_argument_group("run").add_argument
@@ -652,14 +655,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     paths = (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ()))
     missing = [str(path) for path in paths if path and not path.exists()]
-    numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "bootstrap")]
+    numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "batch_size", "bootstrap")]
     for wrong, what in (
             (missing, f"{', '.join(missing)}: no such file"),
             (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt runs/NAME/encoder.pt"),
             (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
-            (min(*numbers, args.batch_size or 1, args.hidden + 1) < 1, "--seeds, --epochs ... are at least 1")):
+            (min(args.hidden + 1, *(n for n in numbers if n is not None)) < 1, "--seeds, --epochs ... are at least 1")):
         if wrong:
             parser.error(what)
     try:

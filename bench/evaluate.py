@@ -7,7 +7,7 @@ Embedding: windows of 59,049 samples per second, batch 16, each variant in a pro
 medians over the turns:
   released   the released architecture, eager float32, as its scripts run it (Conv1d, batch norm, glibc's malloc)
   float32    evaluate.embed on model.fold_batch_norm(encoder): same weights, outputs compared with the released form's
-  bf16       the same in bfloat16
+  bf16       the same in bfloat16, where the processor has it
 The roof is what a large matrix product reaches in the same precision, in a process in the same turns, over the 3.46 GFLOP
 of a window: how close to the processor's arithmetic a form comes.
 Probe: evaluate.fit_probe on features of MagnaTagATune's size (187,060 + 18,250 windows x 512, 50 tags as frequent as
@@ -81,10 +81,16 @@ def one_variant(variant, batches, out):
     print(json.dumps({"windows_per_s": len(x) / seconds}))
 
 
+def has_bf16():
+    """Whether the processor multiplies bfloat16; where it does not, torch emulates it, hundreds of times slower."""
+    import model
+    return model.choose_amp("cpu") == "bf16"
+
+
 def roof():
     """GFLOP/s of a large matrix product in each precision, median of ten."""
     found = {}
-    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in (("float32", torch.float32), *([("bf16", torch.bfloat16)] if has_bf16() else [])):
         (a, b, c), times = torch.randn(3, 4096, 4096).to(dtype), []
         for _ in range(11):
             start = time.perf_counter()
@@ -131,14 +137,15 @@ def main(argv=None):
     result = json.loads(Path(args.out).read_text()) if args.out != "-" and Path(args.out).is_file() else {}
     result.update({"kind": "bench", "argv": ["bench/evaluate.py", *(sys.argv[1:] if argv is None else argv)],
                    "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-                               "bf16": bool(torch.cpu.get_capabilities().get("avx512_bf16"))}})
+                               "bf16": has_bf16()}})
+    variants = VARIANTS if has_bf16() else VARIANTS[:2]
     if args.only != "probe":
-        rates, outputs, roofs = {v: [] for v in VARIANTS}, {}, []
+        rates, outputs, roofs = {v: [] for v in variants}, {}, []
         with tempfile.TemporaryDirectory() as folder:
             for turn in range(args.turns):
                 done = subprocess.run([sys.executable, __file__, "--variant", "roof"], capture_output=True, check=True)
                 roofs.append(json.loads(done.stdout))
-                for variant in VARIANTS:
+                for variant in variants:
                     save = Path(folder) / f"{variant}.npy"
                     flags = ["--variant", variant, "--batches", str(args.batches), "--save", str(save)]
                     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
@@ -150,19 +157,19 @@ def main(argv=None):
                     outputs[variant] = np.load(save)
                     print(f"{variant:9s} {rates[variant][-1]:6.1f} windows/s", file=sys.stderr)
         base, want = statistics.median(rates["released"]), outputs["released"]
-        result["roof_gflops"] = {name: round(statistics.median(r[name] for r in roofs)) for name in ("float32", "bf16")}
+        result["roof_gflops"] = {name: round(statistics.median(r[name] for r in roofs)) for name in roofs[0]}
         result["embedding"] = {
             v: {"windows_per_s": round(statistics.median(rates[v]), 1), "turns": [round(r, 1) for r in rates[v]],
                 "times_released": round(statistics.median(rates[v]) / base, 2),
                 "share_of_roof": round(statistics.median(rates[v]) * GFLOP_PER_WINDOW
                                        / result["roof_gflops"]["bf16" if v == "bf16" else "float32"], 3),
-                "relative_difference": float(np.abs(outputs[v] - want).max() / np.abs(want).max())} for v in VARIANTS}
+                "relative_difference": float(np.abs(outputs[v] - want).max() / np.abs(want).max())} for v in variants}
     if args.only != "embedding":
         result["probe"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in probe().items()}
         print(result["probe"], file=sys.stderr)
     result["caption"] = (f"Embedding on {os.cpu_count()} cores, batch 16, windows of 59,049 samples, "
                          f"medians of {args.turns} turns. Roof: {result['roof_gflops']['float32']} GFLOP/s in float32, "
-                         f"{result['roof_gflops']['bf16']} in bfloat16, by a large matrix product in the same turns.")
+                         f"{result['roof_gflops'].get('bf16', 'none')} in bfloat16, by a large matrix product in the same turns.")
     result["table"] = [{"form": v, "windows/s": f"{r['windows_per_s']:.0f}",
                         "times released": f"{r['times_released']:.1f}",
                         "of the roof": f"{100 * r['share_of_roof']:.0f} %",
