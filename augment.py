@@ -49,9 +49,12 @@ def _blocks(n: int, device: torch.device, size: int = BLOCK) -> list[slice]:
 
 
 def _check(x: Tensor, **values: tuple[Tensor, float, float]) -> None:
-    """Raise ValueError unless x is mono, (B, 1, T), and each of values, given with its range, is (B,) and inside it."""
-    if x.dim() != 3 or x.shape[1] != 1:
+    """Raise ValueError unless x is mono, (B, 1, T), of float32, and each of values, given with its range, is (B,) and
+    inside it."""
+    if x.dim() != 3 or x.shape[1] != 1 or not x.shape[2]:
         raise ValueError(f"expected audio of shape (B, 1, T), got {tuple(x.shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"expected float32 audio, got {str(x.dtype).removeprefix('torch.')}; augment before autocast")
     for name, (value, low, high) in values.items():
         if value.shape != x.shape[:1]:
             raise ValueError(f"expected one {name} per example, shape ({x.shape[0]},), got {tuple(value.shape)}")
@@ -88,7 +91,7 @@ def gain(x: Tensor, db: Tensor) -> Tensor:
 def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, seed: Tensor | None = None) -> Tensor:
     """Add white Gaussian noise at a signal-to-noise ratio of snr_db (B,) decibels, measured over the example.
 
-    Sample t of an example's noise depends on (its seed, t) alone, not on the batch around it, nor on the device.
+    An example's noise depends on its seed and length alone, not on the batch around it, nor on the device.
     seed (B,) int64; without it, seeds are drawn from the CPU generator.
 
     >>> noise(torch.ones(2, 1, 4), torch.tensor([80.0, 80.0]), torch.Generator().manual_seed(0)).shape
@@ -233,8 +236,10 @@ def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
 def _overlap_add(x: Tensor, ratio: Tensor, sample_rate: int) -> Tensor:
     """x (B, T), ratio (B,) float64 on the CPU -> (B, T), from S segments."""
     total, hop = x.shape[1], round(SEGMENT * sample_rate)
-    fade, front = round(FADE * sample_rate), round(SEARCH * sample_rate) + TAPS
+    fade = round(FADE * sample_rate)
     segments, length = max(1, math.ceil(total / hop)), hop + fade      # the length is in output samples
+    # room to look back from the first segment, which an octave down begins a quarter of its length early
+    front = round(SEARCH * sample_rate) + TAPS + ATTACK_BLOCK * math.ceil(length / 4 / ATTACK_BLOCK)
     # every example is moved, so that the middle of a segment (not its beginning) is read at its own time
     late = ((ratio - 1) * (length / 2)).round().long()                 # (B,) samples
     most = int(late.abs().max())
@@ -444,7 +449,8 @@ TRANSFORMS = {
                        {"snr_db": (_one_of(80.0), "dB"), "seed": (_seed, "")}),
     "gain": Transform(0.3, lambda x, sample_rate, db: gain(x, db), {"db": (_uniform(-6, 0), "dB")}),
     "filter": Transform(0.8, lambda x, sample_rate, high, low_pass_hz, high_pass_hz:
-                        _butterworth(x, torch.where(high, high_pass_hz, low_pass_hz), high, sample_rate),
+                        _butterworth(x, torch.where(high, high_pass_hz, low_pass_hz).clamp(max=0.499 * sample_rate),
+                                     high, sample_rate),
                         {"high": (_one_of(False, True), ""), "low_pass_hz": (_uniform(2200, 4000), "Hz"),
                          "high_pass_hz": (_uniform(200, 1200), "Hz")}),
     "delay": Transform(0.4, lambda x, sample_rate, ms: delay(x, ms, sample_rate),
@@ -481,6 +487,8 @@ class Chain:
                 raise ValueError(f"expected transforms among {', '.join(table)}, got {name!r}")
             if not 0 <= probability.get(name, 0) <= 1:
                 raise ValueError(f"expected a probability from 0 to 1 for {name}, got {probability[name]}")
+            if name not in names:
+                raise ValueError(f"expected probabilities of the transforms chosen ({', '.join(names) or 'none'}), got {name}")
         self.sample_rate = sample_rate
         self.transforms = {name: table[name] for name in table if name in names}
         self.probability = {name: probability.get(name, t.probability) for name, t in self.transforms.items()}
@@ -502,8 +510,10 @@ class Chain:
         for name in self.transforms:
             if len(draws.get(name, ())) != len(x):
                 raise ValueError(f"expected draws of {name} for {len(x)} examples, got {len(draws.get(name, ()))}")
-        y, threads = x.clone(), torch.get_num_threads()
+        y, threads, matmul = x.clone(), torch.get_num_threads(), torch.backends.cuda.matmul
+        precision = matmul.fp32_precision
         torch.set_num_threads(1)        # work this small gains little from threads, and on busy cores they cost tenfold
+        matmul.fp32_precision = "ieee"  # TF32, which may be on for the network, errs by more than the noise added here
         try:
             for block in _blocks(len(x), x.device, 4 * BLOCK):
                 for name, transform in self.transforms.items():
@@ -514,6 +524,7 @@ class Chain:
                         y[rows] = transform.apply(y[rows], self.sample_rate, **values)
         finally:
             torch.set_num_threads(threads)
+            matmul.fp32_precision = precision
         return y
 
 
@@ -549,7 +560,7 @@ def _spectrograms(path: Path, sounds: dict[str, Tensor], sample_rate: int) -> No
     size, rows = 1 << round(math.log2(sample_rate * 0.046)), math.ceil(len(sounds) / 3)      # windows of about 46 ms
     figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
     for axis, (name, sound) in zip(axes.flat, sounds.items()):
-        bins = torch.stft(sound, size, size // 4, window=torch.hann_window(size), return_complex=True)
+        bins = torch.stft(sound, size, size // 4, window=torch.hann_window(size), pad_mode="constant", return_complex=True)
         level = 20 * torch.log10(bins.abs() / size + 1e-6)
         axis.imshow(level, origin="lower", aspect="auto", vmin=-100, vmax=-20, cmap="magma",
                     extent=(0, len(sound) / sample_rate, 0, sample_rate / 2000))
@@ -564,15 +575,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.file.is_file():
         parser.error(f"expected a recording, got {args.file}, which is not a file")
-    if args.seconds <= 0:
+    if not 0 < args.seconds < math.inf:
         parser.error(f"expected --seconds above 0, got {args.seconds:g}")
     try:
         with soundfile.SoundFile(args.file) as f:
             sample_rate = f.samplerate
-            audio = torch.from_numpy(f.read(int(args.seconds * sample_rate), dtype="float32", always_2d=True))
+            length = min(f.frames, math.ceil(args.seconds * sample_rate))
+            audio = torch.from_numpy(f.read(length, dtype="float32", always_2d=True))
         x = audio.mean(1)[None, None]                                                    # (1, 1, T)
-        if not x.numel():
-            raise ValueError(f"expected audio in {args.file}, got an empty recording")
+        if not x.numel() or not x.isfinite().all():
+            raise ValueError(f"expected audio in {args.file}, got {'NaN or infinity' if x.numel() else 'no samples'}")
         args.out.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(args.seed)
         sounds = {"original": x[0, 0]}

@@ -474,7 +474,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         learner = model.synchronise(learner, device)
     learner.to(device).train()
     if gpu:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         clips.keep_on(device)  # if they fit; else a thread reads them ahead
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")

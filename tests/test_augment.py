@@ -71,7 +71,7 @@ def test_delay_longer_than_the_audio_adds_nothing():
 @pytest.mark.parametrize("snr", [0.0, 40.0, 80.0])
 def test_noise_has_its_level_and_is_white_and_gaussian(snr):
     x = music(6)
-    added = augment.noise(x.double(), full(snr, 6), torch.Generator().manual_seed(1))[:, 0] - x[:, 0].double()
+    added = augment.noise(x, full(snr, 6), torch.Generator().manual_seed(1))[:, 0].double() - x[:, 0].double()
     for row in range(6):
         assert abs(decibels(x[row]) - decibels(added[row]) - snr) < 0.2
     z = added / added.square().mean(1, keepdim=True).sqrt()
@@ -188,6 +188,20 @@ def test_pitch_shift_keeps_pitch_level_and_length():
         assert abs(level) < 0.5, f"{f[row]} Hz by {s[row]}: {level:.2f} dB"
 
 
+@pytest.mark.parametrize("semitones", [-12.0, -7.0, -5.0, 5.0, 12.0])
+def test_pitch_shift_begins_with_the_beginning(semitones):
+    """The first 35 ms of a tone are a tone too, whatever else is in the batch."""
+    t = torch.arange(SAMPLES, dtype=torch.float64) / RATE
+    x = 0.3 * torch.sin(2 * math.pi * 440 * t).float()[None, None]
+    y = augment.pitch_shift(x, full(semitones), RATE)
+    assert torch.equal(y, augment.pitch_shift(x.repeat(2, 1, 1), torch.tensor([semitones, 3.0]), RATE)[:1])
+    n = round(0.035 * RATE)
+    turns = 2 * math.pi * 440 * 2 ** (semitones / 12) * t[:n]
+    tone = torch.stack([turns.sin(), turns.cos()], 1)
+    found = tone @ torch.linalg.lstsq(tone, y[0, 0, :n, None].double()).solution[:, 0]
+    assert (y[0, 0, :n] - found).norm() < 0.02 * found.norm()
+
+
 def test_pitch_shift_is_flat_to_8_khz_and_makes_no_other_tones():
     x, f, s = tones((500.0, 2500.0, 5000.0, 6500.0, 7300.0, 7990.0))
     y = augment.pitch_shift(x, s, RATE)
@@ -274,6 +288,15 @@ def test_rows_do_not_depend_on_each_other_and_the_input_stays(name):
         assert torch.equal(part, whole[rows]), f"{name} {rows}: {(part - whole[rows]).abs().max()}"
 
 
+def test_a_large_batch_is_its_rows():
+    """More rows than the chain takes at once on a CPU."""
+    chain, x = Chain(RATE), music(70, 4000)
+    draws = chain.draw(70, torch.Generator().manual_seed(3))
+    whole = chain(x, draws)
+    for rows in (slice(0, 3), slice(60, 70)):
+        assert torch.equal(whole[rows], chain(x[rows], {key: value[rows] for key, value in draws.items()}))
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("samples", [1, 700, 59049])
 def test_silence_and_short_audio_stay_finite(name, samples):
@@ -321,8 +344,28 @@ def test_cpu_and_gpu_agree():
     chain = Chain(RATE, probability={"noise": 1.0})
     x = music(24)
     draws = chain.draw(24, torch.Generator().manual_seed(8))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"                  # as pretrain.py has it
     on_cpu, on_gpu = chain(x, draws), chain(x.cuda(), draws).cpu()
     assert (on_cpu - on_gpu).norm() < 1e-3 * on_cpu.norm()
+
+
+def test_the_chain_turns_tf32_off_for_itself_alone():
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        chain = Chain(RATE, ["look"], table={"look": Transform(1.0, lambda x, rate: seen.append(matmul.fp32_precision) or x)})
+        chain(music(1, 100), chain.draw(1, torch.Generator()))
+        assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("rate", [4000, 8000, 96000])
+def test_the_chain_works_at_any_sample_rate(rate):
+    chain = Chain(rate, probability=dict.fromkeys(TRANSFORMS, 1.0))
+    x = music(48, 3000)
+    assert torch.isfinite(chain(x, chain.draw(48, torch.Generator().manual_seed(0)))).all()
 
 
 # ------------------------------------------------------------------------------- draws and the table
@@ -385,7 +428,10 @@ def test_a_new_transform_is_one_function_and_one_row():
     (lambda: Chain(RATE, probability={"wobble": 0.5}), "wobble"),
     (lambda: Chain(RATE)(torch.zeros(2, 100), {}), "(B, 1, T)"),
     (lambda: Chain(RATE)(torch.zeros(2, 1, 100), Chain(RATE).draw(3, torch.Generator())), "3"),
+    (lambda: Chain(RATE, ["filter"], {"pitch": 1.0}), "pitch"),
     (lambda: augment.gain(torch.zeros(2, 1, 10), torch.zeros(3)), "(3,)"),
+    (lambda: augment.pitch_shift(torch.zeros(1, 1, 10).half(), full(1), RATE), "float16"),
+    (lambda: augment.high_pass(torch.zeros(1, 1, 0), full(400), RATE), "(1, 1, 0)"),
     (lambda: augment.low_pass(torch.zeros(1, 1, 10), full(20000), RATE), "20000"),
     (lambda: augment.pitch_shift(torch.zeros(1, 1, 10), full(30), RATE), "30"),
     (lambda: augment.reverb(torch.zeros(1, 1, 10), full(-1), full(0), full(0), RATE), "-1"),
