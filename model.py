@@ -29,7 +29,6 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -147,7 +146,7 @@ class TrainingStep(torch.autograd.Function):
         sign = torch.where(gamma < 0, -1.0, 1.0).to(weight)
         w = (weight * sign.view(-1, 1, 1, 1)).to(dtype)
         w, x = (w.flatten(1), x.to(dtype).reshape(len(x), -1, 3)) if stem else (w, as_rows(x.to(dtype)))
-        ctx.size = max(1, (1 << 20) // (x.shape[1] * len(w))) if kind == "cpu" else len(x)  # examples of a group
+        ctx.size = max(1, (1 << (20 if kind == "cpu" else 26)) // (x.shape[1] * len(w)))  # examples of a group
         kept, tops, pivot, sums = [], [], None, x.new_zeros(2, len(w), dtype=torch.float64)
         for rows in x.split(ctx.size):
             y = TrainingStep.convolve(rows, w)  # (b, T, C')
@@ -216,6 +215,7 @@ class TrainingStep(torch.autograd.Function):
         dw = (dw * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3); of the stem (C', 3, 1, 1)
         dw = dw.transpose(1, 3) if stem else dw
         dx = None if not dx else torch.cat(dx).flatten(1)[:, None, None] if stem else as_image(torch.cat(dx))
+        dw = torch.empty_like(dw, memory_format=torch.channels_last).copy_(dw)  # the weights' layout, as DDP's buckets have it
         return dx, dw, torch.zeros_like(gamma), own[1] * sign, own[0], None, None, None, None
 
 
@@ -393,17 +393,15 @@ def write_atomically(path, data: bytes):
     sees the old file or the new one, whatever happens in between."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".partial", dir=path.parent)
+    temporary = path.with_name(path.name + ".partial")  # the same each time: what a kill leaves, the next write takes away
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

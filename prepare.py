@@ -84,8 +84,8 @@ def _read(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
-        # As bytes: a name that is not UTF-8 opens as well.
-        with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else os.fspath(path)) as file:
+        # As an open file: so names that are not UTF-8 open as well, and it can be asked what was left unread.
+        with open(path, "rb", buffering=0) as raw, soundfile.SoundFile(raw.fileno(), closefd=False) as file:
             rate, promised, log = file.samplerate, file.frames, file.extra_info
             # Block by block: a 40-minute stereo track in one piece would take four times the memory. (Not by
             # SoundFile.blocks, which fills up a file that ends early with whatever is in memory.)
@@ -93,20 +93,35 @@ def _read(path):
                 block = block @ np.full(block.shape[1], 1 / block.shape[1], np.float32)
                 n, wrong = n + len(block), wrong + int((~np.isfinite(block)).sum())
                 yield rate, block
+            behind, uncounted = (raw.read(), _is_uncounted(path)) if file.format == "MP3" else (b"", b"")
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        reason = "not recognised as audio" if "does not exist" in reason else reason  # libsndfile, of a bad mp3
         raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff") from None
     if n == 0:
         raise ValueError(f"{path}: no samples in it")
     size = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)  # wav, aiff; a piped wav promises 2 or 4 GiB
-    if size and int(size[1]) < 0x7FFFF000:
+    if size and int(size[1]) < 0x7F000000:
         promised *= int(size[1]) / max(1, int(size[2]))
-    if n < 0.98 * promised or ("lacks an end-of-stream bit" in log and "Junk after" in log):
+    if uncounted and behind.count(uncounted) > 8:  # frames that libsndfile, which guesses the length, never read
+        raise ValueError(f"{path}: the decoder stops after {n / rate:.1f} s, before the end: an mp3 of variable bit rate "
+                         "without a count of its frames; `ffmpeg -i IN.mp3 -c copy OUT.mp3` adds one")
+    if n < 0.98 * promised and not uncounted or ("lacks an end-of-stream bit" in log and "Junk after" in log):
         raise ValueError(f"{path}: cut off: it ends after {n / rate:.1f} s in the middle of the file")
     if wrong:
         raise ValueError(f"{path}: {wrong} of {n} samples are NaN or infinite")
     yield rate, np.zeros(0, np.float32)
+
+
+def _is_uncounted(path):
+    """The first two bytes of an mp3's frames, where its first frame does not count them (as Xing, Info, VBRI); else b""."""
+    with open(path, "rb") as file:
+        head = file.read(10)
+        if head[:3] == b"ID3":  # tags, often with a picture, stand before it; their size has seven bits a byte
+            file.seek(10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:10])))
+            head = b""
+        head += file.read(4096)
+    sync = re.search(rb"\xff[\xe2-\xff]", head)
+    return b"" if not sync or re.search(rb"Xing|Info|VBRI", head) else sync[0]
 
 
 def load(path, sample_rate):
@@ -117,17 +132,18 @@ def load(path, sample_rate):
     flat = np.abs(x) >= 0.9999 * peak
     clipped = float((flat[:-2] & flat[1:-1] & flat[2:]).mean()) if peak > 0.9 and len(x) > 2 else 0.0
     x = resample(torch.from_numpy(x), rate, sample_rate)
-    return x / x.abs().max().clamp(min=1), {"rate": rate, "peak": peak, "clipped": clipped}
+    loudest = float(x.abs().max())
+    return x / max(1, loudest), {"rate": rate, "peak": max(peak, loudest), "clipped": clipped}
 
 
 def _ratio(rate, new_rate):
-    """new_rate / rate in lowest terms; of an odd rate (44,099 Hz) the nearest ratio of smaller numbers, less than a tenth of
-    a cent off: the exact one's filters take gigabytes. Rates up to 384 kHz are exact."""
+    """new_rate / rate in lowest terms; of an odd rate (44,099 Hz) the nearest ratio of smaller numbers, less than half a cent
+    off: the exact one's filters take gigabytes. The usual rates, up to 384 kHz, are exact."""
     return Fraction(new_rate, rate).limit_denominator(3000).as_integer_ratio()
 
 
 def resample(x, rate, new_rate):
-    """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate / rate),).
+    """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate / rate),), by `_ratio`.
 
     >>> resample(torch.zeros(44100), 44100, 22050).shape
     torch.Size([22050])
@@ -136,7 +152,7 @@ def resample(x, rate, new_rate):
         return x
     up, down = _ratio(rate, new_rate)
     filters, width, hop = _filters(up, down)
-    n = math.ceil(len(x) * new_rate / rate)
+    n = math.ceil(len(x) * up / down)
     frames = torch.nn.functional.pad(x, (width, width + 2 * hop)).unfold(0, len(filters), hop)
     return (frames @ filters).reshape(-1)[:n]
 
@@ -214,13 +230,20 @@ class Listing(list):
 
 def audio_files(root, key=lambda relative: relative.as_posix()):
     """Every audio file below root: {key of its relative path: path}, in order of the paths."""
-    files = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+    files, seen = {}, set()
+
+    def unreadable(error):
+        raise OSError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        again = os.path.realpath(folder) in seen  # by a link in a circle
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not again)
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".") and not again):
             if path.suffix.lower() in AUDIO:
                 # One name has several spellings in Unicode, and file systems disagree on which.
-                files[key(Path(unicodedata.normalize("NFC", str(path.relative_to(root)))))] = path
+                name = key(Path(unicodedata.normalize("NFC", str(path.relative_to(root)))))
+                if files.setdefault(name, path) != path:
+                    raise ValueError(f"{files[name]} and {path} are both {name}: remove or rename one")
     if not files:
         raise FileNotFoundError(f"{root}: expected audio files ({' '.join(sorted(AUDIO))}), found none")
     return files
@@ -331,16 +354,18 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
     out, (i, n) = Path(out), shard or (1, 1)
     digest = hashlib.sha256(json.dumps([sample_rate, segment, listing.task, listing.tags, listing.skipped]).encode())
     for clip in listing:
-        digest.update(json.dumps([clip.id, clip.split, clip.group, clip.tags]).encode())
+        digest.update(json.dumps([clip.id, clip.split, clip.group, clip.tags, _size(clip)]).encode())
     plan = digest.hexdigest()
     shards = [Path(f"{out}.shard-{k + 1}-of-{merge or n}.partial") for k in range(merge or n)]
     clips = listing[len(listing) * (i - 1) // n : len(listing) * i // n]
     if (out / "meta.json").exists():
         meta = json.loads((out / "meta.json").read_text())
-        if meta["plan"] != plan:
-            raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta['command']}); "
+        if meta.get("plan") != plan:
+            raise FileExistsError(f"{out}: is there already, made from other files or flags ({meta.get('command')}); "
                                   f"give another --name, or remove it: rm -r {shlex.quote(str(out))}")
         return meta
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out}: expected a prepared folder or nothing, found something else; give another --name")
     folder = shards[i - 1] if shard else Path(f"{out}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as lock:
@@ -349,7 +374,7 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FileExistsError(f"{out}: another run is preparing it; wait, or give another --name") from None
-        done = _resume(folder, plan, clips, shards if merge else ())
+        done = _resume(folder, f"{sample_rate} Hz, segments of {segment} s", clips, shards if merge else ())
         todo, free = clips[done:], shutil.disk_usage(folder).free
         # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
         if free < 60 * sum(map(_size, todo)) and free < (need := estimate(todo, sample_rate, timeout, load)[0]):
@@ -359,7 +384,7 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
               tqdm(total=len(clips), initial=done, unit="file", desc="decoding", disable=not progress,
                    mininterval=0.5 if sys.stderr.isatty() else 15) as bar):
             for clip, (entry, samples) in zip(todo, _pool(jobs, workers or os.cpu_count() or 1, timeout, load)):
-                line = json.dumps({**entry, "size": _size(clip)}).encode() + b"\n"
+                line = json.dumps({**entry, "id": clip.id, "size": _size(clip)}).encode() + b"\n"
                 try:
                     for file, data in ((audio, samples), (journal, line)):  # the line vouches for the samples
                         file.write(data)
@@ -387,32 +412,40 @@ def _size(clip):
     return clip.file.stat().st_size if clip.file.exists() else 0
 
 
-def _resume(folder, plan, clips, shards=()):
+def _resume(folder, how, clips, shards=()):
     """Cut the files back to what a run before has finished, samples and journal line; return how many clips that is."""
-    paths = [folder / name for name in ("plan", "audio.npy", "journal.jsonl")]
-    fits = lambda path: path.exists() and path.read_text() == plan
-    if not (fits(paths[0]) and paths[1].exists() and paths[2].exists()):
-        with open(paths[1], "wb") as audio, open(paths[2], "wb") as journal:
-            audio.write(bytes(128))  # room for the header, which needs the final length
-            for shard in shards:
-                if not fits(shard / "plan"):
+    audio, journal, fits = folder / "audio.npy", folder / "journal.jsonl", lambda path: path.exists() and path.read_text() == how
+    if shards or not (fits(folder / "plan") and audio.exists() and journal.exists()):
+        with open(audio, "wb") as samples, open(journal, "wb") as lines:
+            samples.write(bytes(128))  # room for the header, which needs the final length
+            for k, shard in enumerate(shards):
+                part = clips[len(clips) * k // len(shards) : len(clips) * (k + 1) // len(shards)]
+                done, size, _ = _finished(shard, part) if fits(shard / "plan") else (-1, 0, 0)
+                if done < len(part):
                     raise ValueError(f"{shard}: expected a finished shard of the same files and flags; run it first")
                 with open(shard / "audio.npy", "rb") as file:
                     file.seek(128)
-                    shutil.copyfileobj(file, audio, 1 << 24)
-                journal.write((shard / "journal.jsonl").read_bytes())
-        paths[0].write_text(plan)
-    done, size, keep = 0, 128, 0
-    with open(paths[2], "rb") as journal:
+                    shutil.copyfileobj(file, samples, 1 << 24)
+                samples.truncate(samples.seek(samples.tell() - (shard / "audio.npy").stat().st_size + size))
+                lines.write((shard / "journal.jsonl").read_bytes())
+        (folder / "plan").write_text(how)
+    done, size, keep = _finished(folder, clips)
+    os.truncate(audio, size)
+    os.truncate(journal, keep)
+    return done
+
+
+def _finished(folder, clips):
+    """How many of the clips a folder has, in order, sample and journal line; the bytes of audio.npy and of the journal then."""
+    done, size, keep, there = 0, 128, 0, (folder / "audio.npy").stat().st_size
+    with open(folder / "journal.jsonl", "rb") as journal:
         for line, clip in zip(journal, clips):
             entry = json.loads(line) if line.endswith(b"\n") else {"lengths": [1 << 62]}
             end = size + 2 * sum(entry["lengths"])
-            if end > paths[1].stat().st_size or entry["size"] != _size(clip):  # cut off, or its file was exchanged
+            if end > there or (entry["id"], entry["size"]) != (clip.id, _size(clip)):  # cut off, or another file now
                 break
             done, size, keep = done + 1, end, keep + len(line)
-    os.truncate(paths[1], size)
-    os.truncate(paths[2], keep)
-    return done
+    return done, size, keep
 
 
 def _seal(folder, out, listing, max_skipped, head):
@@ -440,7 +473,7 @@ def _seal(folder, out, listing, max_skipped, head):
     if len(lost) > max_skipped * total:
         enough = math.ceil(1000 * len(lost) / total) / 1000
         raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
-                         f"(repair them, or type --max-skipped {enough:g}; nothing will be decoded twice)")
+                         f"(repair them, or type --max-skipped {enough:g}, for which nothing is decoded twice)")
     arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
     for key, width in (("labels", len(listing.tags)), ("sha256", 32)):
         arrays[key] = arrays[key].reshape(-1 if width else len(arrays["id"]), width)
@@ -464,9 +497,9 @@ def _seal(folder, out, listing, max_skipped, head):
         os.fsync(audio.fileno())
     np.savez(folder / "clips.npz", **arrays)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    os.replace(folder, out)  # first: until it is in place, nothing that was decoded may get lost
     for name in ("journal.jsonl", "plan", "lock"):
-        (folder / name).unlink()
-    os.replace(folder, out)
+        (out / name).unlink(missing_ok=True)
     return meta
 
 
@@ -508,7 +541,9 @@ def _pool(jobs, workers, timeout, load):
     try:
         for job in jobs:
             waiting.append(threads.submit(decode_one, job))
-            if len(waiting) > 8 * workers:  # a slow file holds up the others: let them run ahead, not out of memory
+            # a slow file holds up the others: let them run ahead, not out of memory
+            while len(waiting) > 8 * workers or len(waiting) > 2 * workers and 1 << 29 < sum(
+                    len(job.result()[1]) for job in waiting if job.done()):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -734,9 +769,13 @@ def _read_arguments(argv):
               for path in (args.root, args.labels) if path),
             *((name in given and args.data != owner, f"--{name} goes with --data {owner}")
               for name, owner in (("labels", "folder"), ("split", "mtat"), ("subset", "fma"))),
-            *((not given.get(name, 1) > 0,
-               f"--{name.replace('_', '-')}: expected a number above 0, got {given.get(name)}")
+            *((not 0 < given.get(name, 1) < 1e6,
+               f"--{name.replace('_', '-')}: expected a number above 0 (and below a million), got {given.get(name)}")
               for name in ("workers", "timeout", "sample_rate", "segment", "merge")),
+            (args.segment and args.segment * args.sample_rate < 1, f"--segment {args.segment}: shorter than a sample"),
+            (not 0 <= args.max_skipped <= 1, f"--max-skipped is a share of the files, 0 to 1, not {args.max_skipped}"),
+            (args.shard and args.merge, "--shard decodes one part, --merge joins all: type one of them"),
+            (args.dry_run and args.download, "--dry-run does nothing: type it without --download"),
             (not 1 <= i <= n, f"--shard: expected I/N with 1 <= I <= N, as in 2/4, got {args.shard}")):
         if wrong:
             parser.error(message)

@@ -15,7 +15,8 @@ The same command again continues where the run stopped; a finished run says so. 
 
 The *global* batch of step s - songs, crops, augmentation values - is a function of (seed, s) alone. Every process draws
 it as a whole and takes its rows, so 1, 2 and 4 processes take the same step (to rounding), and a killed run ends with
-the same weights as an uninterrupted one. Dimensions: N pairs of the global batch, B of one process, P projection.
+the same weights as an uninterrupted one (on CPUs bit for bit; GPUs add up in changing orders).
+Dimensions: N pairs of the global batch, B of one process, P projection.
 """
 import argparse
 import contextlib
@@ -57,7 +58,7 @@ def gather(z: Tensor) -> Tensor:
     rank, size = world()
     if size == 1:
         return z
-    everybody = z.new_zeros(size, *z.shape)
+    everybody = z.new_zeros(size, *z.shape)  # (processes, B, ...)
     everybody[rank] = z
     return all_reduce(everybody).flatten(0, 1)  # the others add zeros
 
@@ -69,15 +70,16 @@ def similarities(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, 
         own i   [ -inf on itself        .  partner         ]
         own j   [ partner  .            -inf on itself     ]
 
-    Everything in float32 (an fp16 norm underflows), float64 stays. The own column is -inf: no view is its own negative."""
+    Everything in float32, also under autocast (an fp16 norm underflows, and bf16 has ties); float64 stays. The own column is -inf: no view is its own negative."""
     if z_i.shape != z_j.shape or z_i.dim() != 2:
         raise ValueError(f"expected two projections of one shape (B, P), got {list(z_i.shape)} and {list(z_j.shape)}")
     dtype = torch.float64 if z_i.dtype == torch.float64 else torch.float32
-    z_i, z_j = (F.normalize(z.to(dtype), dim=1) for z in (z_i, z_j))
-    B, rank = len(z_i), world()[0]
-    keys = torch.cat([gather(z_i), gather(z_j)])  # (2N, P)
-    own, N = torch.arange(rank * B, rank * B + B, device=z_i.device), len(keys) // 2
-    s = torch.cat([z_i, z_j]) @ keys.T / temperature  # (2B, 2N)
+    with torch.autocast(z_i.device.type, enabled=False):  # or the product would be of half precision again
+        z = F.normalize(torch.stack([z_i, z_j]).to(dtype), dim=2)  # (2, B, P)
+        keys = gather(z.transpose(0, 1)).transpose(0, 1).flatten(0, 1)  # (2N, P)
+        s = z.flatten(0, 1) @ keys.T / temperature  # (2B, 2N)
+    B, N, rank = len(z_i), len(keys) // 2, world()[0]
+    own = torch.arange(rank * B, rank * B + B, device=s.device)
     s = s.scatter(1, torch.cat([own, own + N])[:, None], float("-inf"))
     return s, torch.cat([own + N, own])
 
@@ -146,6 +148,12 @@ class CPCLoss(nn.Module):
         z, c = self.encoder.context(views)  # (B, n, 512), (B, n, 256)
         z, (B, n, D) = z.float(), z.shape
         predictions = self.predictor(c).float().reshape(B, n, self.steps, D)
+        with torch.autocast(z.device.type, enabled=False):  # positives and negatives alike in float32
+            return self.score(z, predictions, negatives)
+
+    def score(self, z, predictions, negatives):
+        """z (B, n, 512), predictions (B, n, steps, 512) -> loss, accuracy."""
+        B, n, _ = z.shape
         others = gather(z).flatten(0, 1)[negatives]  # (B, n, 15, 512)
         own = world()[0] * B * n + torch.arange(B * n, device=z.device).reshape(B, n, 1)
         others_are_own = negatives == own  # a negative that is the true frame itself says nothing: left out
@@ -225,7 +233,7 @@ def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> flo
 
 
 class Prefetch:
-    """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error there is raised here."""
+    """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error there is raised here, as OSError."""
 
     def __init__(self, make, first, last, ahead=4):
         self.make, self.next, self.last, self.ahead = make, first, last, ahead
@@ -236,7 +244,10 @@ class Prefetch:
             self.made[self.next] = self.thread.submit(self.make, self.next)
             self.next += 1
         began = time.perf_counter()
-        item = self.made.pop(step).result()
+        try:
+            item = self.made.pop(step).result()
+        except Exception as error:  # of this process alone, so it is the one to tell
+            raise OSError(f"the audio of step {step} cannot be had: {error}") from error
         self.waited += time.perf_counter() - began
         return item
 
@@ -283,8 +294,9 @@ def load_checkpoint(path) -> dict | None:
         except Exception as error:  # whatever it is: not one of ours, or not whole
             broken.append(f"{candidate} is damaged ({(str(error).splitlines() or [''])[0][:80]})")
             continue
-        if broken:
+        if broken and world()[0] == 0:
             print(f"pretrain.py: {broken[0]}; continuing from {candidate} (step {content['step']})", file=sys.stderr)
+            path.rename(path.with_suffix(".damaged"))  # or the next save would put it in the good one's place
         return content
     if broken:
         raise ValueError("; ".join(broken) + f"; no good checkpoint is left: move {path.parent} away to begin again")
@@ -303,17 +315,18 @@ class Log:
     """log.jsonl and its lines on screen. Continuing at step `done` drops what an interrupted run wrote beyond it."""
 
     def __init__(self, out, first, done, total, tensorboard=False):
-        out.mkdir(parents=True, exist_ok=True)
-        self.path, self.total, self.events = out / "log.jsonl", total, None
-        kept = read_log(out) if done and self.path.is_file() else []
-        kept = [r for r in kept if r.get("step", 0) <= done and not r.get("done")]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard needs the package tensorboard; type: pip install tensorboard") from None
-            self.events = SummaryWriter(out)
+        out.mkdir(parents=True, exist_ok=True)
+        self.path, self.total, self.events = out / "log.jsonl", total, SummaryWriter(out, purge_step=done) if tensorboard else None
+        kept = read_log(out) if done and self.path.is_file() else []
+        kept = [r for r in kept if r.get("step", 0) <= done and not r.get("done")]
+        partial = self.path.with_suffix(".partial")  # a full disk must not cost the log
+        partial.write_text("".join(json.dumps(r) + "\n" for r in [*kept, first]))
+        os.replace(partial, self.path)
 
     def write(self, record):
         with open(self.path, "a") as file:
@@ -428,8 +441,9 @@ def check_arguments(parser, args):
         parser.error("--data is missing: a prepared folder's name or path, e.g. --data demo")
     if cpc != (args.encoder == "cpc"):
         parser.error(f"--encoder {args.encoder} does not go with --method {args.method}; clmr takes samplecnn or samplecnn-large, cpc takes cpc")
-    if cpc and args.recompute:
-        parser.error("--recompute is for the SampleCNN encoders; leave it out with --method cpc")
+    unused = [name for name in ("loss", "temperature", "projection", "asymmetric", "recompute") if getattr(args, name) != parser.get_default(name)]
+    if cpc and unused:
+        parser.error(f"--{unused[0]} is for --method clmr; leave it out with --method cpc")
     may_be_0 = ("warmup", "probe_every", "recompute")
     for name in ("batch_size", "epochs", "max_steps", "save_every", "log_every", "projection", "lr", "temperature", "width", *may_be_0):
         value = getattr(args, name)
@@ -437,7 +451,7 @@ def check_arguments(parser, args):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range: a finite number above 0 is expected")
     if args.batch_size % size:
         below = args.batch_size // size * size
-        near = ", ".join(str(n) for n in (below, below + size) if n >= 2 * size)
+        near = ", ".join(map(str, sorted({max(n, size if size > 1 else 2) for n in (below, below + size)})))
         parser.error(f"--batch-size {args.batch_size} does not divide by {size} processes; the nearest that do: {near}")
     try:
         args.probability = {name: float(value) for name, _, value in (item.partition("=") for item in args.probability)}
@@ -470,11 +484,13 @@ def train(args, clips, valid, Chain, model, device, amp):
     if changed:
         raise ValueError(f"{out} holds a run with another configuration ({'; '.join(changed)}); type the same flags to continue it, "
                          "or --out for a new run")
+    if done >= total:
+        say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
+        return 0
     if size > 1:
         learner = model.synchronise(learner, device)
     learner.to(device).train()
     if gpu:
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         clips.keep_on(device)  # if they fit; else a thread reads them ahead
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -486,9 +502,8 @@ def train(args, clips, valid, Chain, model, device, amp):
 
     say(f"{clips.name}: {pairs.songs} songs, {pairs.steps_per_epoch} steps of {args.batch_size} pairs an epoch ({pairs.dropped} songs of each epoch's end "
         f"dropped, {pairs.left_out} clips shorter than {pairs.n} samples left out); {size} process{'es' * (size > 1)} on {device.type}, amp {amp}")
-    if done >= total:
-        say(f"{out} is complete at step {done}; more steps: --max-steps above {done}. Next: python evaluate.py --ckpt {out}/encoder.pt")
-        return 0
+    if args.probe_every and not (clips.tags and len(valid)):
+        say("--probe-every: the data has no labelled train and valid clips to probe")
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
     head = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": model.code_version(), "versions": model.versions() | {"numpy": np.__version__},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
@@ -533,13 +548,14 @@ def train(args, clips, valid, Chain, model, device, amp):
 
             # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer anyway)
             look = not gpu or logs or saves or caught
-            flags = torch.tensor([caught[0] if caught else 0, rank + 1 if look and not torch.isfinite(sums[0]) else 0])
+            finite = not look or torch.isfinite(sums[0]) and (not (saves or caught) or all(t.isfinite().all() for t in learner.state_dict().values()))
+            flags = torch.tensor([caught[0] if caught else 0, 0 if finite else rank + 1])
             if size > 1:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, bad = flags.tolist()
             if bad:
                 where = f"{out}/checkpoint.pt, step {saved}" if saved else "none was saved yet"
-                raise FloatingPointError(f"the loss is not finite at step {now}, process {bad - 1}; the last good checkpoint: {where}. "
+                raise FloatingPointError(f"the loss or a weight is not finite at step {now}, process {bad - 1}; the last good checkpoint: {where}. "
                                          "Try a lower --lr, --amp off, or look for silent or broken clips with prepare.py --check")
             if logs or stop:
                 if size > 1:
@@ -555,15 +571,15 @@ def train(args, clips, valid, Chain, model, device, amp):
             if saves or stop:
                 if log:
                     content = {"step": now, "config": config} | {name: part.state_dict() for name, part in state.items()}
-                    save_checkpoint(out / "checkpoint.pt", content)
                     model.save_encoder(out / "encoder.pt", encoder, sample_rate=clips.sample_rate, method=args.method, step=now, data=clips.name,
                                        data_folder=str(args.data), fingerprint=clips.fingerprint, batch_size=args.batch_size, seed=args.seed)
+                    save_checkpoint(out / "checkpoint.pt", content)  # last: what it says is done is all there
                 saved = now
             if log and probes and clips.tags:
-                value = quick_probe(encoder, clips, valid, device)
+                paused, value = time.perf_counter(), quick_probe(encoder, clips, valid, device)
                 if value is not None:
                     log.write({"step": now, "probe": round(value, 5)})
-                began = time.perf_counter()
+                began += time.perf_counter() - paused
             if stop:
                 break
         if log and last:
@@ -603,12 +619,20 @@ def main(argv=None):
             parser.error(str(error))
         model.tune_allocator()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            enough = device.type == "cuda" and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+            enough = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) <= torch.cuda.device_count()
             dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
         return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp)
     except (ValueError, OSError, FloatingPointError) as error:
         if world()[0] == 0 or isinstance(error, OSError):
             print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"pretrain.py: error: the GPU's memory is too small ({str(error).split('. ')[0]}); type a smaller --batch-size, or --recompute 3", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        print(f"pretrain.py: error: process {world()[0]} stops, since another one ended; see its message", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():

@@ -13,6 +13,7 @@ Only GTZAN's fault-filtered lists, which were published without a table, stand b
 """
 
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -219,7 +220,8 @@ def fetch(data, root, subset="medium", pause=2.0):
 
 
 def unpack(archive, root):
-    """Unpack a zip or tar beside its destination, then move what came out into `root`."""
+    """Unpack a zip or tar beside its destination, then move what came out into `root`, file by file: what else lies in a
+    folder of the same name stays."""
     half = Path(root) / f"{Path(archive).name}.unpacking"
     shutil.rmtree(half, ignore_errors=True)
     print(f"unpacking {Path(archive).name}", file=sys.stderr)
@@ -232,11 +234,11 @@ def unpack(archive, root):
                 file.extractall(half, filter="data")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise OSError(f"{archive}: cannot be unpacked ({error}); remove it and type the same command again") from None
-    for path in half.iterdir():
-        if (target := Path(root) / path.name).is_dir():
-            shutil.rmtree(target)  # of an unpacking that was interrupted here
+    for path in [path for path in half.rglob("*") if not path.is_dir()]:
+        target = Path(root) / path.relative_to(half)
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-    half.rmdir()
+    shutil.rmtree(half)
 
 
 def download(addresses, path, checksum="", tries=5, pause=2.0):
@@ -271,7 +273,7 @@ def download(addresses, path, checksum="", tries=5, pause=2.0):
                     raise OSError(f"{kind} is {found}, expected {digest}")
             os.replace(part, path)
             return
-        except OSError as error:  # urllib's errors are among them
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are among the first
             if getattr(error, "code", None) == 416:  # what is there is longer than the file: start over
                 part.unlink(missing_ok=True)
             wrong = f"{address}: {error}"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,6 +76,9 @@ def test_the_loss_is_taken_in_float32_whatever_comes():
     for dtype in (torch.float16, torch.bfloat16):
         got = pretrain.nt_xent(z_i.to(dtype), z_j.to(dtype), 0.5)
         assert got.dtype == torch.float32 and got.item() == pytest.approx(want.item(), rel=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pretrain.nt_xent(z_i.float(), z_j.float(), 0.5).item() == want.item()
+        assert pretrain.dcl(z_i.float(), z_j.float(), 0.5).dtype == torch.float32
     tiny = (z_i * 1e-4).half(), (z_j * 1e-4).half()  # whose squares underflow in fp16
     assert math.isfinite(pretrain.nt_xent(*tiny, 0.5).item())
 
@@ -92,6 +96,10 @@ def test_cpc_equals_loops():
     negatives = torch.randint(2 * 124, (2, 124, 4))
     negatives[0, 5, 0] = 5  # a negative that is the true frame itself
     loss, accuracy = learner(x, negatives)
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16), patch.object(learner, "score", lambda *tensors: seen.extend(tensors[:2] + (torch.is_autocast_enabled("cpu"),))):
+        learner(x, negatives)
+    assert seen[0].dtype == seen[1].dtype == torch.float32 and seen[2] is False  # scored in float32 whatever the encoder ran in
     with torch.no_grad():
         z, c = learner.encoder.context(x)
         z, flat = z.float(), z.float().flatten(0, 1)
@@ -256,7 +264,7 @@ def test_prefetch_hands_errors_over_and_keeps_the_order():
         raise ValueError("clip 7 is gone")
 
     prefetch = pretrain.Prefetch(fail, 0, 5)
-    with pytest.raises(ValueError, match="clip 7"):
+    with pytest.raises(OSError, match="step 0 .*clip 7"):
         prefetch.get(0)
     prefetch.close()
 
@@ -410,12 +418,15 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(tmp_path, c
     assert done.returncode == 0 and "continuing from step 12 of 14" in done.stdout, done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, command, flags):
+@pytest.mark.parametrize("lr, saved", [("1e38", "none was saved yet"), ("1e19", "checkpoint.pt, step 1")])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, command, flags, lr, saved):
+    """1e38 leaves weights that are not finite after a loss that is; 1e19 a loss."""
     out = tmp_path / "run"
-    done = command([*flags, "--out", out, "--lr", "1e38", "--save-every", 1])
-    assert done.returncode == 1 and "not finite at step" in done.stderr and "process 0" in done.stderr and "checkpoint.pt, step" in done.stderr, done.stderr
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert f"step {saved['step']}." in done.stderr
+    done = command([*flags, "--out", out, "--lr", lr, "--save-every", 1])
+    assert done.returncode == 1 and "not finite at step" in done.stderr and "process 0" in done.stderr and saved in done.stderr, done.stderr
+    assert (out / "checkpoint.pt").exists() == (lr == "1e19")
+    if lr == "1e19":
+        assert all(t.isfinite().all() for t in torch.load(out / "checkpoint.pt", weights_only=True)["learner"].values())
 
 
 # -------------------------------------------------------------------------------------------------- methods and flags
@@ -457,6 +468,8 @@ def test_it_learns(tmp_path, run, command, tiny_data):
     (["--data", "TINY", "--probability", "filter"], 2, "filter=0.8"),
     (["--data", "TINY", "--probability", "filter=1.5"], 2, "1.5"),
     (["--data", "TINY", "--method", "cpc", "--encoder", "samplecnn"], 2, "cpc"),
+    (["--data", "TINY", "--method", "cpc", "--temperature", "0.1"], 2, "--temperature"),
+    (["--data", "TINY", "--transforms", "gain", "--probability", "reverb=1"], 2, "reverb"),
     (["--data", "TINY", "--lr", "0"], 2, "--lr"),
     (["--data", "TINY", "--temp", "0.1"], 2, "--temp"),
     (["--plot", "nowhere"], 2, "nowhere"),
