@@ -13,12 +13,14 @@ each epoch (of at least `--min-steps` steps) the validation clips are scored; `-
 end it, the best state is kept. A clip's score is the mean of its windows' probabilities. Test clips are scored once, by
 the probe that was kept, for each seed; a seed draws the start, the order of windows and the subset of `--fraction`.
 Reported, in [0, 1]: the metrics of `score`, mean and standard deviation over seeds, a 95 % bootstrap interval over test
-songs, and beside the untrained control (`--random`) the paired interval of the difference.
+songs, and beside the untrained control (`--random`: one network, initialised from the first seed) the paired interval
+of the difference.
 
-Leaves behind, beside the checkpoint or where `--out`, `--export` say: evaluate-DATA.json, which explains the numbers;
-encoder.ts, encoder.pt2, tagger.ts; features in data/NAME/features/. `--embed`: a FILE.npz for each file, `embedding`
-(n, D) and `timestamps` (n,), the windows' starts in seconds. `--table README.md` renews the tables that stand there
-between `<!-- table: x.json -->` and `<!-- /table -->`. Pictures of results: transfer.py.
+Leaves behind, in the run's folder (of another checkpoint: runs/ITS-NAME/) or where `--out`, `--export` say:
+evaluate-DATA.json, or with other flags evaluate-DATA-hidden512-f0.01.json, which explains the numbers; encoder.ts,
+encoder.pt2, and, where all labels were used, tagger.ts; features in data/NAME/features/. `--embed`: a FILE.npz for each
+file, `embedding` (n, D), `timestamps` (n,), the windows' starts in seconds, and `source`. `--table README.md` renews the
+tables that stand there between `<!-- table: x.json -->` and `<!-- /table -->`. Pictures of results: transfer.py.
 """
 
 import argparse
@@ -42,6 +44,7 @@ METRICS = {
     "multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "clip_roc_auc": "clip ROC", "clip_pr_auc": "clip PR"},
     "singlelabel": {"accuracy": "accuracy"}}
 LOSS = {"multilabel": F.binary_cross_entropy_with_logits, "singlelabel": F.cross_entropy}  # of logits, targets (n, K)
+IN_MEMORY = ("_draws", "_scores", "_module", "_encoder", "_features")  # keys of results that no file holds
 DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -121,14 +124,14 @@ def take_fraction(labels, fraction, seed=0, mode="balanced"):
 
 # ------------------------------------------------------------------------------------------------------------- training
 
-def validation(logits, labels, clip, task):
+def validation(logits, labels, clip, task, clip_score="sigmoid"):
     """What training keeps the best of: (mean of the clips' ROC-AUC and PR-AUC, or their accuracy; then minus the loss).
     Not the loss first: on small data it is lowest while a probe has learnt little but how frequent the tags are."""
     _, first, clip = np.unique(clip, return_index=True, return_inverse=True)
     loss = LOSS[task](logits, labels).item()
     if not math.isfinite(loss):
         raise ValueError(f"the validation loss became {loss}: try a smaller --lr, or --amp off")
-    s = score(clip_scores(logits, clip, len(first), task), labels[first].numpy(), task)
+    s = score(clip_scores(logits, clip, len(first), task, clip_score), labels[first].numpy(), task)
     return float(np.nan_to_num(np.mean([s[name] for name in list(METRICS[task])[:2]]))), -loss
 
 
@@ -156,7 +159,7 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
 
 
 def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, batch_size=256, min_steps=500, seed=0,
-              **how):
+              clip_score="sigmoid", **how):
     """Train a linear layer, or one hidden layer of ReLUs, on fixed features (sections 3.6 and 3.7) -> the module (n, D)
     -> (n, K) logits that was best in validation, and what `train` says.
 
@@ -183,12 +186,14 @@ def fit_probe(x, y, valid_x, valid_y, valid_clip, task="multilabel", hidden=0, b
                 yield x[rows], y[rows]
     try:
         torch.set_num_threads(1)  # steps so small lose more by threads that wait for each other than they gain
-        return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task), task, **how)
+        return probe, train(probe, batches, lambda: validation(probe(valid_x), valid_y, valid_clip, task, clip_score),
+                            task, **how)
     finally:
         torch.set_num_threads(threads)
 
 
-def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0):
+def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), seed=0,
+              clip_score="sigmoid"):
     """Logistic regression on standardised features, to the optimum: is the optimiser of `fit_probe` the bottleneck? The
     minimum of scikit-learn's LogisticRegression(C), for all tags at once, with the C that is best in validation; the
     standardisation is folded into the layer. Args and returns as `fit_probe`; the optimum needs no seed."""
@@ -208,7 +213,7 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
         with torch.no_grad():
             probe[0].weight.copy_(layer.weight / scale)
             probe[0].bias.copy_(layer.bias - probe[0].weight @ centre)
-            value = validation(probe(valid_x), valid_y.float(), valid_clip, task)
+            value = validation(probe(valid_x), valid_y.float(), valid_clip, task, clip_score)
         fits.append((value, probe, {"strength": strength, "valid": value[0], "valid_loss": -value[1]}))
     return max(fits, key=lambda fit: fit[0])[1:]
 
@@ -223,10 +228,10 @@ def load_probe(path):
     probe = nn.Sequential(*layers[:-1]).requires_grad_(False)
     probe.load_state_dict({key: value for key, value in state.items() if key[:1].isdigit()})
 
-    def fit(x, y, valid_x, valid_y, valid_clip, task, seed):
+    def fit(x, y, valid_x, valid_y, valid_clip, task, seed=0, clip_score="sigmoid"):
         if not sizes or (sizes[0][1], sizes[-1][0]) != (x.shape[1], y.shape[1]):
             raise ValueError(f"{path} is no probe from {x.shape[1]} features to {y.shape[1]} tags (it has {sizes})")
-        return probe, {"valid": validation(probe(valid_x), valid_y.float(), valid_clip, task)[0]}
+        return probe, {"valid": validation(probe(valid_x), valid_y.float(), valid_clip, task, clip_score)[0]}
     return fit
 
 
@@ -347,7 +352,7 @@ def usable(clips, size):
 
 
 def network_on(build, clips, rows, mode="balanced", batch_size=48, min_steps=100, autocast=contextlib.nullcontext,
-               **options):
+               clip_score="sigmoid", **options):
     """For `evaluate`: encoder and layer trained together (section 4.3), the supervised baseline, or fine-tuning.
     build(seed): the encoder to start from. An epoch is one random window of every clip (of mode v1 its windows), drawn
     anew until there are min_steps steps: 540 clips make 11, after which no validation score says anything yet."""
@@ -374,8 +379,9 @@ def network_on(build, clips, rows, mode="balanced", batch_size=48, min_steps=100
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = nn.Sequential(encoder, nn.Dropout(0.5), nn.Linear(encoder.out_dim, labels.shape[1])).to(device)
-            info = train(network, batches, lambda: validation(logits("valid"), labels[valid], valid, clips.task),
-                         clips.task, autocast=autocast, **options)
+            info = train(
+                network, batches, lambda: validation(logits("valid"), labels[valid], valid, clips.task, clip_score),
+                clips.task, autocast=autocast, **options)
         return network, info, logits("test")
     return run
 
@@ -404,12 +410,13 @@ def evaluate(fit, clips, size, fractions=(1.0,), seeds=(0,), mode="balanced", cl
         draws = bootstrap(scores, y[test], clips.group[test], clips.task, resamples)
         each = {name: np.stack([run[name] for run in runs]) for name in (*METRICS[clips.task], "tag")}
         value = {name: mean(each[name], 0) for name in each}
-        span = {name: interval(draws[name], value[name]) for name in each}
+        span = {name: interval(draws[name], value[name]).clip(0, 1) for name in each}
+        varied = any((scores[0] != other).any() for other in scores[1:])  # a fit to the optimum is the same each time
         per_tag = [{"positives": n, "value": v, "interval": s}
                    for n, v, s in zip(y[test].sum(0, dtype=int), value.pop("tag"), span.pop("tag").T)]
         results.append({
             "fraction": fraction, "mean": value, "interval": span, "per_tag": dict(zip(clips.tags, per_tag)),
-            "std": {name: each[name].std(ddof=1) if len(runs) > 1 else None for name in value}, "runs": runs,
+            "std": {name: each[name].std(ddof=1) if varied else None for name in value}, "runs": runs,
             "_draws": draws, "_scores": np.mean(scores, 0),
             "_module": max(runs, key=lambda run: run["valid"])["_module"]})
     return results
@@ -423,15 +430,17 @@ def cell(row, metric):
 
 
 def to_json(result):
-    """A result as text: arrays as lists, NaN as null, floats to six digits, without the keys that begin with _."""
+    """A result as text: arrays as lists, NaN as null, floats to six digits, without what is not for a file."""
     text = json.dumps(result, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
-    text = json.loads(text, parse_constant=lambda _: None, parse_float=lambda x: round(float(x), 6),
-                      object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k[:1] != "_"})
+    text = json.loads(text, parse_constant=lambda _: None, parse_float=lambda x: float(f"{float(x):.6g}"),
+                      object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in IN_MEMORY})
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
 
 
 def table(result):
     """The markdown of a result: its `caption`, and its `table`, a list of {column: text}."""
+    if not isinstance(result, dict) or "table" not in result:
+        raise ValueError("expected a JSON file of results/, with a `table`")
     columns = list(dict.fromkeys(column for row in result["table"] for column in row))
     lines = [columns, ["---"] * len(columns)] + [[str(row.get(c, "")) for c in columns] for row in result["table"]]
     lines = [result.get("caption", ""), "", *("| " + " | ".join(line) + " |" for line in lines)]
@@ -446,6 +455,13 @@ def refresh(text, root):
 
 # -------------------------------------------------------------------------------------------------------------- program
 
+def pooled(kind, sizes, pool):
+    """An encoder's sizes with another pooling of its contexts, which CPC alone has."""
+    if pool and kind != "cpc":
+        raise ValueError(f"--pool is for the contexts of CPC; this encoder is {kind}: leave it out")
+    return {**sizes, "pool": pool} if pool else sizes
+
+
 def run(args, clips, encoder, info, model):
     """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
     if clips.task == "none":
@@ -454,8 +470,8 @@ def run(args, clips, encoder, info, model):
         raise ValueError(f"the encoder works at {info['sample_rate']} Hz, {clips.name} is at {clips.sample_rate} Hz: "
                          f"prepare it again with --sample-rate {info['sample_rate']}")
     device, names, kept, before = model.choose_device(args.device), METRICS[clips.task], {}, {}
-    kind, sizes = info.get("encoder", args.encoder), dict(info.get("sizes", {"width": args.width}))
-    sizes.update({"pool": args.pool} if args.pool else {})
+    kind = info.get("encoder", args.encoder)
+    sizes = pooled(kind, info.get("sizes", {"width": args.width}), args.pool)
 
     def build(seed, state):
         with torch.random.fork_rng():
@@ -495,7 +511,8 @@ def run(args, clips, encoder, info, model):
     y, valid = torch.from_numpy(clips.labels)[clip], rows["valid"]
 
     def on_features(h, chosen, seed):
-        probe, said = fit(h[chosen], y[chosen], h[valid], y[valid], clip[valid], clips.task, seed=seed)
+        probe, said = fit(h[chosen], y[chosen], h[valid], y[valid], clip[valid], clips.task, seed=seed,
+                          clip_score=args.clip_score)
         return probe, said, probe(h[rows["test"]])
 
     jobs = [(label, head, partial(on_features, h)) for label, h in kept.items()]
@@ -503,7 +520,8 @@ def run(args, clips, encoder, info, model):
         if wanted:
             jobs.append((label, "end to end", network_on(
                 lambda seed, begin=begin: build(seed, begin).to(device), clips, rows, args.fraction_mode,
-                args.batch_size or 48, args.min_steps or 100, lambda: model.autocast(device, args.amp), **both)))
+                args.batch_size or 48, args.min_steps or 100, lambda: model.autocast(device, args.amp), args.clip_score,
+                **both)))
     how = args.fraction, range(args.seed, args.seed + args.seeds), args.fraction_mode, args.clip_score, args.bootstrap
     results = [{"model": label, "probe": probe, **result} for label, probe, trained in jobs
                for result in evaluate(trained, clips, size, *how)]
@@ -558,25 +576,37 @@ def tags_over_time(path, rows, starts, tags, seconds):
     axes = (figure := Figure((10, 0.3 * len(tags) + 1), layout="constrained")).add_subplot()
     extent = (0, starts[-1] + seconds, len(tags) - 0.5, -0.5)
     figure.colorbar(axes.imshow(rows.T, aspect="auto", vmin=0, extent=extent), label="probability")
-    axes.set(yticks=range(len(tags)), yticklabels=tags, xlabel="seconds", title=path.stem)
+    axes.set(yticks=range(len(tags)), yticklabels=tags, xlabel="seconds")
+    axes.set_title(path.stem, parse_math=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def take_home(args, prepare, model):
     """--embed: OUT/NAME.npz for every file, and every audio file of every folder; --tag: top tags -> the exit code."""
-    device, jobs, failed = model.choose_device(args.device), {}, []
+    device, jobs, failed, before = model.choose_device(args.device), {}, [], 0
     if args.ckpt.suffix == ".ts":
         net = torch.jit.load(args.ckpt, map_location=device)
     else:
         encoder, info = model.load_encoder(args.ckpt)
+        state, encoder = encoder.state_dict(), model.build_encoder(
+            encoder.name, **pooled(encoder.name, encoder.sizes, args.pool)).eval()
+        encoder.load_state_dict(state)
         net = model.Exported(model.fold_batch_norm(encoder), info["sample_rate"] or prepare.SAMPLE_RATE)
         net.to(device, DTYPE[model.choose_amp(device, args.amp)]).eval()
     if args.tag and not net.tags:
         raise ValueError(f"{args.ckpt} knows no tags: expected a tagger.ts, which an evaluation leaves")
+    if args.embed and net.tags:
+        raise ValueError(f"{args.ckpt} gives tags, not embeddings: expected an encoder.pt or encoder.ts")
     for file in args.tag or ():
-        rows, starts, _ = frames(net, prepare.stream(file, net.sample_rate), args.hop)
+        try:
+            rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
+        except (ValueError, OSError) as error:
+            failed.append(f"failed: {error}")
+            continue
         best = rows.mean(0).argsort()[::-1][:10]
-        print(file, *(f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best), sep="\n")
+        print(f"{file}{', shorter than a window, padded with silence' * short}",
+              *(f"  {rows[:, k].mean():6.1%}  {net.tags[k]}" for k in best), sep="\n")
         if args.plot:
             tags_over_time((args.out or Path()) / f"{file.name}.png", rows[:, best], starts,
                            [net.tags[k] for k in best], net.input_samples / net.sample_rate)
@@ -584,21 +614,28 @@ def take_home(args, prepare, model):
         for name, file in (prepare.audio_files(path) if path.is_dir() else {path.name: path}).items():
             target = (args.out or Path("embeddings")) / f"{name}.npz"
             if jobs.setdefault(target, file) != file:
-                raise ValueError(f"{jobs[target]} and {file} would both become {target}: embed them one by one")
+                raise ValueError(f"{jobs[target]} and {file} would both become {target}: give each an --out of its own")
+    sha256 = model.weights_sha256(net)
     for target, file in jobs.items():
-        if target.exists() and not args.overwrite:
-            continue
+        source = json.dumps([sha256, args.hop, str(file.resolve()), file.stat().st_size])  # what a row depends on
         try:
+            if target.exists() and not args.overwrite:
+                with np.load(target) as old:
+                    if "source" not in old or str(old["source"]) != source:
+                        raise ValueError(f"{target} is of another recording, encoder or --hop; type --overwrite, or "
+                                         "another --out")
+                before += 1
+                continue
             rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
         except (ValueError, OSError) as error:
             failed.append(f"failed: {error}")
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts)
+        np.savez(target.with_suffix(".partial.npz"), embedding=rows, timestamps=starts, source=source)
         target.with_suffix(".partial.npz").replace(target)
         print(f"{target} {rows.shape}{', shorter than a window, padded with silence' * short}")
-    if jobs:
-        print(f"{len(jobs) - len(failed)} of {len(jobs)} files embedded", *failed, sep="\n")
+    said = [f"{len(jobs) - len(failed)} of {len(jobs)} files embedded, {before} of them before"] if jobs else []
+    print(*said, *failed, sep="\n")
     return int(len(failed) > 0)
 
 
@@ -655,6 +692,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     paths = (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ()))
     missing = [str(path) for path in paths if path and not path.exists()]
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "batch_size", "bootstrap")]
     for wrong, what in (
             (missing, f"{', '.join(missing)}: no such file"),
@@ -662,9 +700,18 @@ def main(argv=None):
             (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
+            (args.head and given & {"hidden", "probe"}, "--head is a probe already: leave out --hidden and --probe"),
+            (args.ckpt and given & {"encoder", "width"}, "--ckpt says what encoder it is: leave out --encoder, --width"),
+            (args.hop is not None and not 0 < args.hop < math.inf, "--hop is in seconds, above 0"),
+            ("hop" in given and not (args.embed or args.tag), "--hop goes with --embed and --tag"),
+            (args.overwrite and not args.embed, "--overwrite goes with --embed"),
+            (args.plot and not args.tag, "--plot goes with --tag; results: transfer.py --results FILE --plots DIR"),
+            (args.out and args.out.is_dir() and not (args.embed or args.tag), f"--out: {args.out} is a folder"),
             (min(args.hidden + 1, *(n for n in numbers if n is not None)) < 1, "--seeds, --epochs ... are at least 1")):
         if wrong:
             parser.error(what)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names in any encoding
     try:
         if args.embed or args.tag:
             return take_home(args, prepare, model)
@@ -682,8 +729,13 @@ def main(argv=None):
             parser.error(f"--data {error}")
         result = run(args, clips, encoder, info, model)
         result["argv"] = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
-        home = args.ckpt.parent if args.ckpt else Path("runs")
-        out, folder = args.out or home / f"evaluate-{clips.name}.json", args.export or home
+        # beside the checkpoint of a run; a file from elsewhere, as those in demo/, stays as it is
+        home = Path("runs", f"{args.ckpt.resolve().parent.name}-{args.ckpt.stem}") if args.ckpt else Path("runs")
+        home = args.ckpt.parent if args.ckpt and (args.ckpt.parent / "log.jsonl").exists() else home
+        flags = [f"hidden{args.hidden}"] * (args.hidden > 0) + ["lbfgs"] * (args.probe == "lbfgs")
+        flags += ["f" + "-".join(f"{f:g}" for f in args.fraction)] * (args.fraction != [1.0])
+        flags += [name for name in ("supervised", "finetune") if getattr(args, name)]
+        out, folder = args.out or home / f"{'-'.join(['evaluate', clips.name, *flags])}.json", args.export or home
         model.write_atomically(out, to_json(result).encode())
         print(f"{table(result)}\n{out}")
         if encoder:
@@ -693,9 +745,14 @@ def main(argv=None):
                     "info": {"data": clips.name, "fingerprint": clips.fingerprint}}
             model.export_torchscript(path=folder / "encoder.ts", **what)
             model.export_program(path=folder / "encoder.pt2", **what)
-            model.export_torchscript(path=folder / "tagger.ts", head=head, tags=clips.tags, task=clips.task, **what)
-            print(*(folder / name for name in ("encoder.ts", "encoder.pt2", "tagger.ts")), sep="\n")
+            print(folder / "encoder.ts", folder / "encoder.pt2", sep="\n")
+            if 1.0 in args.fraction or args.export:  # one trained on fewer labels must not replace it unasked
+                model.export_torchscript(path=folder / "tagger.ts", head=head, tags=clips.tags, task=clips.task, **what)
+                print(folder / "tagger.ts")
         return 0
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; features that were computed are kept", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"evaluate.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 1

@@ -8,8 +8,9 @@
 Every cell is one run of evaluate.py: same windows, probe, seeds, metrics and intervals. `--random` adds the row of an
 untrained encoder, without which no cell says anything about pre-training.
 
-A cell is marked when the audio it is tested on was heard in pre-training: the samples of the source's training clips
-and of the target's test clips are compared, by their sha256 in the prepared folders. `same data` is a source
+A cell is marked when clips of its target were heard in pre-training: the samples of the source's training clips are
+compared, by their sha256 in the prepared folders, with the target's test and training clips. Only whole clips that are
+the same sample by sample are found, not excerpts, other encodings or other rates of a recording. `same data` is a source
 tested on the test clips of its own data set, which it did not hear; `?` a source whose prepared folder is not at hand.
 
 Leaves behind: runs/transfer.json or `--out`, its markdown on the screen, and beside it the grid as a heat map.
@@ -28,30 +29,34 @@ import numpy as np
 # ------------------------------------------------------------------------------------------------------------- overlap
 
 def overlap(source, target):
-    """How many test clips of `target` are, sample by sample, training clips of `source`; how many clips they share.
+    """How many test clips of `target`, and how many of its training clips, are, sample by sample, training clips of
+    `source`; how many clips they share.
 
-    Args: prepared data with `sha256` (N, 32) and `split` (N,): 0 train, 1 valid, 2 test. Returns: (heard, shared)."""
+    Args: prepared data with `sha256` (N, 32) and `split` (N,): 0 train, 1 valid, 2 test.
+    Returns: (heard, trained, shared)."""
     def digests(clips, chosen):
         return {row.tobytes() for row in np.ascontiguousarray(clips.sha256[chosen])}
     everything = slice(None)
-    return (len(digests(source, source.split == 0) & digests(target, target.split == 2)),
+    heard = digests(source, source.split == 0)
+    return (len(heard & digests(target, target.split == 2)), len(heard & digests(target, target.split == 0)),
             len(digests(source, everything) & digests(target, everything)))
 
 
 def mark(info, target, load):
-    """What a cell says about its source -> {status, heard, shared}; load(name): the prepared data of that name.
+    """What a cell says about its source -> {status, heard, trained, shared}; load(name): the prepared data of that name.
 
-    status: `` (no test clip was heard), `same data`, `N test clips heard`, `?` (cannot be checked)."""
+    status: `` (no clip was heard), `same data`, `N test clips heard`, `N training clips heard`, `?` (unknown)."""
     if info.get("fingerprint") == target.fingerprint:
-        return {"status": "same data", "heard": 0, "shared": len(target)}
+        return {"status": "same data", "heard": 0, "trained": int((target.split == 0).sum()), "shared": len(target)}
     try:
         source = load(info["data"])
     except (KeyError, TypeError, ValueError, OSError):
-        return {"status": "?", "heard": None, "shared": None}
+        return dict.fromkeys(("heard", "trained", "shared"), None) | {"status": "?"}
     if source.fingerprint != info.get("fingerprint"):  # the folder of that name is another one now
-        return {"status": "?", "heard": None, "shared": None}
-    heard, shared = overlap(source, target)
-    return {"status": f"{heard} test clips heard" if heard else "", "heard": heard, "shared": shared}
+        return dict.fromkeys(("heard", "trained", "shared"), None) | {"status": "?"}
+    heard, trained, shared = overlap(source, target)
+    status = f"{heard} test clips heard" if heard else f"{trained} training clips heard" if trained else ""
+    return {"status": status, "heard": heard, "trained": trained, "shared": shared}
 
 
 def grid(cells, metrics):
@@ -159,6 +164,8 @@ def fraction_curve(axes, results, metric, name):
 
 def result_pictures(folder, result, metrics):
     """What a metrics JSON of evaluate.py holds, as pictures: tags, confusion, fractions."""
+    if "results" not in result:
+        raise ValueError(f"expected a metrics JSON of evaluate.py, got one of {result.get('kind', 'another kind')}")
     rows, tags = result["results"], result["data"]["tags"]
     main_metric = list(metrics[result["data"]["task"]])[:2][-1]  # PR-AUC, or accuracy
     last = max(rows, key=lambda r: (r["model"] != "untrained", r["fraction"]))
@@ -200,7 +207,7 @@ def build_parser():
     add("--results", nargs="+", type=Path, default=[], metavar="FILE", help="instead: --plots of metrics JSON files")
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", nargs="+", default=[], metavar="NAME=FILE", help="encoders, with the name of their row")
-    add("--random", action="store_true", help="also a row of an untrained encoder, built like the first --ckpt")
+    add("--random", action="store_true", help="also a row of an untrained encoder for every kind and size among --ckpt")
     add = parser.add_argument_group("optimisation").add_argument
     add("--hidden", type=int, nargs="+", default=[0], metavar="N", help="units of the probe's hidden layer; 0: linear")
     add("--probe", choices=["adam", "lbfgs"], default="adam", help="as in evaluate.py")
@@ -247,11 +254,16 @@ def main(argv=None):
             targets = {clips.name: clips for clips in (prepare.Clips(prepare.find(name)) for name in args.data)}
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
+        if len(targets) < len(args.data):
+            parser.error("--data: two data sets have one name: prepare one of them again with another --name")
         options = evaluate.build_parser().parse_args([])
         for name in ("probe", "min_steps", "seeds", "seed", "bootstrap", "device", "amp"):
             setattr(options, name, getattr(args, name))
-        options.fraction = [args.fraction]
+        options.fraction, options.argv = [args.fraction], list(sys.argv[1:] if argv is None else argv)
         return run(args, options, sources, targets, evaluate, model, prepare)
+    except KeyboardInterrupt:
+        print("transfer.py: interrupted; features that were computed are kept", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"transfer.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 1
@@ -260,13 +272,20 @@ def main(argv=None):
 def run(args, options, sources, targets, evaluate, model, prepare):
     """The grid: each cell by `evaluate.run`; then the table, the heat map and the JSON."""
     loaded = {name: model.load_encoder(path) for name, path in sources.items()}
+    kinds = {(encoder.name, encoder.sizes["width"], encoder.sizes.get("pool")) for encoder, _ in loaded.values()}
+    kinds = sorted(kinds or {("samplecnn", 1.0, None)}, key=str, reverse=True) if args.random else []
+    rows = [(name, encoder, info, None) for name, (encoder, info) in loaded.items()]
+    for kind in kinds:
+        rows.append(("untrained" if len(kinds) == 1 else f"untrained {kind[0]}, width {kind[1]:g}", None, {}, kind))
+    wrong = [f"{clips.name} has no labels" for clips in targets.values() if clips.task == "none"]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected tagged data, e.g. prepared with --labels FILE.csv")
     cells, meta = [], {}
     for name, clips in targets.items():
-        for source, (encoder, info) in [*loaded.items(), *([("untrained", (None, {}))] if args.random else [])]:
+        for source, encoder, info, kind in rows:
             options.random = encoder is None
-            if encoder is None and loaded:  # built like the first trained one
-                first = next(iter(loaded.values()))[0]
-                options.encoder, options.width = first.name, first.sizes.get("width", 1.0)
+            if kind:
+                options.encoder, options.width, options.pool = kind
             for options.hidden in args.hidden:
                 print(f"{source} on {name}, hidden units of the probe: {options.hidden}", file=sys.stderr)
                 result = evaluate.run(options, clips, encoder, info, model)
@@ -284,8 +303,9 @@ def run(args, options, sources, targets, evaluate, model, prepare):
                     cell_pictures(folder, result, clips, evaluate.windows, evaluate.usable)
     shown = {name: {m: text for m, text in list(meta[name]["metrics"].items())[:2]} for name in targets}
     result = {"kind": "transfer", "caption": f"In percent: mean ± standard deviation over {args.seeds} seeds, [95 % "
-              "interval over test songs].", "table": grid(cells, shown), "argv": ["transfer.py", *sys.argv[1:]],
-              "versions": model.versions(), "protocol": vars(args), "targets": meta, "cells": cells}
+              "interval over test songs].", "table": grid(cells, shown), "argv": ["transfer.py", *options.argv],
+              "versions": model.versions(), "code": model.code_version(), "protocol": vars(args), "targets": meta,
+              "cells": cells}
     model.write_atomically(args.out, evaluate.to_json(result).encode())
     print(evaluate.table(result))
     last = {name: list(metrics)[-1] for name, metrics in shown.items()}  # PR-AUC, or accuracy

@@ -232,7 +232,7 @@ def speeds(libraries: dict[str, str], rounds: int, seconds: float) -> tuple[dict
             for library in list(answers):
                 try:
                     answers[library].append(ask(processes[library], task, seconds))
-                except RuntimeError as error:
+                except (RuntimeError, OSError) as error:
                     failed[f"{library}, {task}"] = str(error)
                     del answers[library]
                     processes[library], _ = start(library, libraries[library])

@@ -168,11 +168,13 @@ def main(argv=None):
         result["probe"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in probe().items()}
         print(result["probe"], file=sys.stderr)
     result["caption"] = (f"Embedding on {os.cpu_count()} cores, batch 16, windows of 59,049 samples, "
-                         f"medians of {args.turns} turns. Roof: {result['roof_gflops']['float32']} GFLOP/s in float32, "
-                         f"{result['roof_gflops'].get('bf16', 'none')} in bfloat16, by a large matrix product in the same turns.")
+                         f"medians of {args.turns} turns.")
+    if "roof_gflops" in result:
+        roofs = ", ".join(f"{gflops} GFLOP/s in {name}" for name, gflops in result["roof_gflops"].items())
+        result["caption"] += f" Roof: {roofs}, by a large matrix product in the same turns."
     result["table"] = [{"form": v, "windows/s": f"{r['windows_per_s']:.0f}",
                         "times released": f"{r['times_released']:.1f}",
-                        "of the roof": f"{100 * r['share_of_roof']:.0f} %",
+                        **({"of the roof": f"{100 * r['share_of_roof']:.0f} %"} if "share_of_roof" in r else {}),
                         "relative difference": f"{r['relative_difference']:.0e}"}
                        for v, r in result.get("embedding", {}).items()]
     text = json.dumps(result, indent=1) + "\n"

@@ -158,7 +158,9 @@ def labels(args):
         jobs += [(f"supervised-{f}.json", ["--supervised", "--fraction", f, "--seeds", args.supervised, "--lr", args.lr])
                  for f in args.supervised_fraction or args.fraction]
     for name, flags in jobs:
-        if not (folder / name).exists():
+        protocol = json.loads((folder / name).read_text())["protocol"] if (folder / name).exists() else {}
+        if not (protocol and protocol["ckpt"] == str(args.ckpt) and flags[flags.index("--fraction") + 1 :][: len(protocol["fraction"])]
+                == [f"{f:g}" for f in protocol["fraction"]]):
             call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--amp", args.amp, "--out", folder / name, "--export", folder)
         if not args.dry_run:
             part = json.loads((folder / name).read_text())
@@ -224,6 +226,8 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON (default: results/WHAT.json)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
+    if args.what == "labels" and not args.ckpt:
+        parser.error("labels needs --ckpt FILE")
     try:
         if args.what in ("labels", "numbers"):
             globals()[args.what](args)

@@ -14,6 +14,7 @@ from torch import nn
 import evaluate
 import model
 import prepare
+from conftest import ROOT
 
 torch.set_num_threads(1)
 FEW = ["--min-steps", "5", "--epochs", "8", "--bootstrap", "60"]  # a probe need not be good to be tested
@@ -27,6 +28,7 @@ def checkpoint(tmp_path_factory, tiny_data):
     clips = prepare.Clips(tiny_data)
     model.save_encoder(path, model.build_encoder("samplecnn", width=WIDTH), sample_rate=22050, method="clmr", step=7,
                        data=str(tiny_data), fingerprint=clips.fingerprint)
+    (path.parent / "log.jsonl").touch()  # a run's folder
     return path
 
 
@@ -301,6 +303,21 @@ def test_single_label_hidden_and_lbfgs(checkpoint, tiny_single, tmp_path):
         assert result["mean"]["accuracy"] == pytest.approx(np.trace(result["runs"][0]["confusion"]) / 6, abs=1e-6)
 
 
+def test_a_second_evaluation_leaves_what_the_first_left(checkpoint, evaluated):
+    folder, kept = checkpoint.parent, evaluated[2].read_bytes()
+    tagger = (folder / "tagger.ts").read_bytes()
+    assert evaluate.main(["--ckpt", str(checkpoint), "--probe", "lbfgs", "--fraction", "0.5", "--seeds", "2", "--bootstrap", "20"]) == 0
+    assert (folder / "tagger.ts").read_bytes() == tagger and evaluated[2].read_bytes() == kept
+    second = json.loads((folder / f"evaluate-{evaluated[0]['data']['name']}-lbfgs-f0.5.json").read_text())
+    assert second["results"][0]["std"]["pr_auc"] is not None  # of two halves
+
+
+def test_the_optimum_has_no_deviation_over_seeds(checkpoint, tmp_path):
+    assert evaluate.main(["--ckpt", str(checkpoint), "--probe", "lbfgs", "--seeds", "2", "--bootstrap", "20", "--out", str(tmp_path / "e.json"),
+                          "--export", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["results"][0]["std"]["pr_auc"] is None
+
+
 @pytest.mark.parametrize("prefix,wrap,hidden", [("", False, 0), ("model.", True, 6), ("module.model.", True, 0)])
 def test_probes_of_the_authors(prefix, wrap, hidden, problem, tmp_path):
     torch.manual_seed(0)
@@ -440,7 +457,10 @@ def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):
     before = (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns
     command = [str(part) for part in command[1:]]
     assert evaluate.main(command) == 1
-    assert "4 of 5 files embedded\nfailed: " in (said := capsys.readouterr().out) and "broken.mp3" in said
+    assert "4 of 5 files embedded, 4 of them before\nfailed: " in (said := capsys.readouterr().out) and "broken.mp3" in said
+    assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
+    assert evaluate.main([*command[:-1], "2"]) == 1  # what is there is not what is asked for: neither kept nor replaced in silence
+    assert "0 of 5 files embedded" in (said := capsys.readouterr().out) and "of another recording, encoder or --hop" in said
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
     assert evaluate.main([*command, "--overwrite"]) == 1
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns != before
@@ -469,6 +489,14 @@ def test_tag_a_file(run, checkpoint, evaluated, tiny_audio, tiny_data, tmp_path)
     (["--random", "--data", "x", "--finetune"], 2, "--ckpt FILE"),
     (["--random", "--data", "x", "--hidden", "8", "--probe", "lbfgs"], 2, "linear probe"),
     (["--random", "--data", "x", "--seeds", "0"], 2, "at least 1"),
+    (["--random", "--data", "x", "--min-steps", "0"], 2, "at least 1"),
+    (["--random", "--data", "x", "--overwrite"], 2, "--embed"),
+    (["--ckpt", __file__, "--embed", __file__, "--hop", "0"], 2, "--hop"),
+    (["--ckpt", __file__, "--embed", __file__, "--hop", "inf"], 2, "--hop"),
+    (["--ckpt", __file__, "--data", "x", "--width", "0.5"], 2, "--width"),
+    (["--ckpt", str(ROOT / "demo" / "encoder.pt"), "--embed", __file__, "--pool", "mean+last"], 1, "--pool"),
+    (["--ckpt", str(ROOT / "demo" / "tagger.ts"), "--embed", __file__], 1, "not embeddings"),
+    (["--table", str(ROOT / "demo" / "tagger.ts.json")], 1, "expected a JSON"),
     (["--ckpt", __file__, "--data", "x"], 1, "cannot be read as a checkpoint"),
     (["--ckpt", __file__, "--embed", __file__], 1, "cannot be read as a checkpoint")])
 def test_bad_commands_get_one_line(flags, code, says, capsys):

@@ -23,7 +23,7 @@ def clips(digests, split, fingerprint="f"):
 
 def test_overlap_counts_heard_test_clips():
     source, target = clips([1, 2, 3, 4], [0, 0, 1, 2]), clips([2, 3, 4, 9, 1], [2, 2, 2, 2, 0])
-    assert transfer.overlap(source, target) == (1, 4)  # 2 was heard; 3 and 4 are shared, but were not trained on
+    assert transfer.overlap(source, target) == (1, 1, 4)  # 2 was heard, 1 is a training clip of both; 3 and 4 are shared, but were not trained on
 
 
 def test_marks():
@@ -34,7 +34,9 @@ def test_marks():
     source = clips([1, 2, 3, 4], [0, 0, 1, 2], "source")
     load = {"s": source}.__getitem__
     assert transfer.mark({"fingerprint": "target", "data": "t"}, target, load)["status"] == "same data"
-    assert transfer.mark({"fingerprint": "source", "data": "s"}, target, load) == {"status": "1 test clips heard", "heard": 1, "shared": 4}
+    assert transfer.mark({"fingerprint": "source", "data": "s"}, target, load) == {"status": "1 test clips heard", "heard": 1, "trained": 1, "shared": 4}
+    target.split[:2] = 0  # the clip that was heard is for training now
+    assert transfer.mark({"fingerprint": "source", "data": "s"}, target, load)["status"] == "2 training clips heard"
     assert transfer.mark({"fingerprint": "source", "data": "gone"}, target, load)["status"] == "?"
     assert transfer.mark({"fingerprint": "older", "data": "s"}, target, load)["status"] == "?"  # prepared again since
     assert transfer.mark({"data": None}, target, load)["status"] == "?"
@@ -61,7 +63,8 @@ def test_grid_has_every_cell_and_its_marks(grid, tiny_data, tiny_single):
     assert found == {(s, t, p) for s in ("A", "B", "untrained") for t in names for p in ("linear", "hidden 8")}
     marks = {(c["source"], c["target"]): c["mark"]["status"] for c in result["cells"]}
     assert marks["A", names[0]] == "same data" and marks["B", names[0]] == "?" and marks["untrained", names[0]] == ""
-    assert marks["A", names[1]] == ""  # the same recordings and split: its test clips were not trained on
+    n = int((prepare.Clips(tiny_single).split == 0).sum())
+    assert marks["A", names[1]] == f"{n} training clips heard"  # the same recordings and split, other labels
     shared = next(c["mark"]["shared"] for c in result["cells"] if (c["source"], c["target"]) == ("A", names[1]))
     assert shared == 24
     text = evaluate.table(result)
