@@ -62,6 +62,11 @@ def _check(x: Tensor, **values: tuple[Tensor, float, float]) -> None:
             raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value.min():g} to {value.max():g}")
 
 
+def _on(x: Tensor, values: Tensor) -> Tensor:
+    """values, where x is. A GPU goes on meanwhile: copies that wait would empty its queue some thirty times a batch."""
+    return values.to(x.device, non_blocking=True)
+
+
 def _fft(transform: Callable, x: Tensor, n: int) -> Tensor:
     """MKL transforms a single row by another and slower algorithm, which also rounds differently: it is given two."""
     return transform(x.expand(2, -1), n)[:1] if len(x) == 1 else transform(x, n)
@@ -75,7 +80,7 @@ def polarity(x: Tensor, flip: Tensor) -> Tensor:
     [-1.0, 1.0]
     """
     _check(x, flip=(flip, 0, 1))
-    return x * (1 - 2 * flip.to(x))[:, None, None]
+    return x * (1 - 2 * _on(x, flip).to(x.dtype))[:, None, None]
 
 
 def gain(x: Tensor, db: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def gain(x: Tensor, db: Tensor) -> Tensor:
     0.10000000149011612
     """
     _check(x, db=(db, -math.inf, math.inf))
-    return x * 10 ** (db.to(x) / 20)[:, None, None]
+    return x * 10 ** (_on(x, db).to(x.dtype) / 20)[:, None, None]
 
 
 def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, seed: Tensor | None = None) -> Tensor:
@@ -98,8 +103,8 @@ def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, s
     torch.Size([2, 1, 4])
     """
     _check(x, snr_db=(snr_db, -math.inf, math.inf))
-    seed = (_seed(len(x), generator) if seed is None else seed).to(x.device)
-    scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-snr_db.to(x)[:, None] / 20)
+    seed = _on(x, _seed(len(x), generator) if seed is None else seed)
+    scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-_on(x, snr_db).to(x.dtype)[:, None] / 20)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device, 2):
         torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]).to(x.dtype), out=y[rows, 0])
@@ -117,7 +122,7 @@ def delay(x: Tensor, delay_ms: Tensor, sample_rate: int, factor: float = 0.5) ->
     longest = int(shift.max()) if len(shift) else 0
     late = pad(x[:, 0], (longest, 0)).unfold(1, x.shape[-1], 1)    # (B, longest + 1, T), a view
     rows = torch.arange(len(x), device=x.device)
-    return torch.add(x, late[rows, (longest - shift).to(x.device)][:, None], alpha=factor)
+    return torch.add(x, late[rows, _on(x, longest - shift)][:, None], alpha=factor)
 
 
 def _gaussian(seed: Tensor, n: int) -> Tensor:
@@ -175,10 +180,10 @@ def _butterworth(x: Tensor, cutoff_hz: Tensor, high: Tensor, sample_rate: int) -
     impulse = 2 * (residue[:, None] * powers).real                                     # (B, P + 1)
     impulse[:, 0] += lead / pole.abs().square()
     owed = 2 * residue[:, None] * powers[:, 1:]                                        # owed to the state before
-    inside = pad(impulse[:, :-1].to(x), (FILTER_BLOCK - 1, 0))
+    inside = pad(_on(x, impulse[:, :-1].to(x.dtype)), (FILTER_BLOCK - 1, 0))
     inside = inside.unfold(1, FILTER_BLOCK, 1).flip(1)                                 # (B, P, P): [j, i] = h[i - j]
-    owed = torch.stack([owed.real, -owed.imag], 1).to(x)                               # (B, 2, P)
-    left = torch.view_as_real(powers[:, :-1].flip(1)).to(x)                            # (B, P, 2): what a block leaves
+    owed = _on(x, torch.stack([owed.real, -owed.imag], 1).to(x.dtype))                 # (B, 2, P)
+    left = _on(x, torch.view_as_real(powers[:, :-1].flip(1)).to(x.dtype))              # (B, P, 2): what a block leaves
     inside = torch.cat([inside, left], 2)                                              # (B, P, P + 2)
     total, count = x.shape[-1], -(-x.shape[-1] // FILTER_BLOCK)
     y = torch.empty_like(x)
@@ -189,7 +194,7 @@ def _butterworth(x: Tensor, cutoff_hz: Tensor, high: Tensor, sample_rate: int) -
         factor, step = powers[rows, -1:], 1
         while step < count:                                                            # an inclusive scan by doubling
             # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
-            kept = torch.where(factor.abs() > 1e-30, factor, 0).to(state.device, state.dtype)
+            kept = _on(x, torch.where(factor.abs() > 1e-30, factor, 0).to(state.dtype))
             state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], kept, state[:, :-step])], 1)
             factor, step = factor.square(), 2 * step
         before = torch.view_as_real(pad(state[:, :-1], (1, 0)))                        # (B, M, 2)
@@ -225,7 +230,8 @@ def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
     n = 1 << max(15, (x.shape[-1] + sample_rate // 50 - 1).bit_length())      # the band limit rings for under 20 ms
     y = torch.empty_like(x)
     bins = torch.arange(n // 2 + 1, device=x.device) * (2 / n)
-    edges = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float().to(x.device)[:, None]
+    edges = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float()
+    edges = _on(x, edges)[:, None]
     for rows in _blocks(len(x), x.device, 4 * BLOCK):
         kept = ((edges[rows] - bins) * (1 / (0.03 * edges[rows]))).clamp_(0, 1)       # a ramp over the last 3 %
         kept = _fft(torch.fft.rfft, x[rows, 0], n).mul_(kept)
@@ -245,12 +251,12 @@ def _overlap_add(x: Tensor, ratio: Tensor, sample_rate: int) -> Tensor:
     most = int(late.abs().max())
     size = segments * hop + math.ceil((length + GROUP) * float(ratio.max()) + DRIFT * sample_rate) + 2 * (front + TAPS)
     padded = pad(x, (front + most, max(0, size + most - front - total))).unfold(1, size, 1)
-    padded = padded[torch.arange(len(x), device=x.device), (most - late).to(x.device)]          # (B, size)
-    ratio, start = ratio.to(x.device), late.to(x.device) + front
+    padded = padded[torch.arange(len(x), device=x.device), _on(x, most - late)]                 # (B, size)
+    highest, ratio, start = float(ratio.max()), _on(x, ratio), _on(x, late) + front
     starts = _starts(padded, front, start, ratio, segments, sample_rate)
     pieces = x.new_empty(len(x), segments, length)
     for rows in _blocks(len(x), x.device, BLOCK // 4):
-        pieces[rows] = _read_segments(padded[rows], starts[rows], ratio[rows], length)
+        pieces[rows] = _read_segments(padded[rows], starts[rows], ratio[rows], length, highest)
     fade_in = torch.linspace(0, math.pi / 2, fade, device=x.device).sin().square()
     pieces[:, 1:, :fade] = torch.lerp(pieces[:, :-1, hop:], pieces[:, 1:, :fade], fade_in)
     return pieces[:, :, :hop].flatten(1)[:, :total]
@@ -271,7 +277,8 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
     scale = scale.view(batch, segments - 1, count, phases)
     attacks = _attacks(padded, sample_rate)
-    blocks = (torch.arange(hop, segments * hop, hop)[:, None] + torch.arange(first, first + lags, phases)).to(device)
+    blocks = torch.arange(hop, segments * hop, hop)[:, None] + torch.arange(first, first + lags, phases)
+    blocks = _on(padded, blocks)
     before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade + phases) // ATTACK_BLOCK + 1]
     far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()   # settles ties
     continued = padded.unfold(1, fade + SHORT_TAPS - 1, 1)
@@ -313,12 +320,13 @@ def _attacks(padded: Tensor, sample_rate: int) -> Tensor:
     return pad(over, (1, 8)).cumsum(1)
 
 
-def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int) -> Tensor:
-    """(B, S, length): from each start on, every ratio-th sample. All segments of an example share the fractions between
-    the samples, so GROUP neighbouring outputs of all its segments are one product with one small banded matrix."""
+def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int, highest: float) -> Tensor:
+    """(B, S, length): from each start on, every ratio-th sample, ratio being at most `highest`. All segments of an
+    example share the fractions between the samples, so GROUP neighbouring outputs of all its segments are one product
+    with one small banded matrix."""
     batch, segments = starts.shape
     groups = -(-length // GROUP)
-    span = math.ceil(GROUP * max(1.34, float(ratio.max()))) + TAPS
+    span = math.ceil(GROUP * max(1.34, highest)) + TAPS
     position = torch.arange(groups * GROUP, device=padded.device) * ratio[:, None]             # (B, K G) float64
     whole = position.floor().long()
     kernel = _kernel((position - whole).float(), TAPS)                                         # (B, K G, TAPS)
@@ -396,10 +404,10 @@ def _room(reverberance: Tensor, damping: Tensor, room_size: Tensor, sample_rate:
     scale = (room_size / 100 * 0.9 + 0.1) * (sample_rate / 44100)
     samples = torch.floor(scale[:, None] * torch.tensor(COMBS) + 0.5)[:, :, None]            # (B, 8, 1)
     decay = torch.exp(samples * (-DECAY_DB / 20 * math.log(10) / n))                         # rho^-D
-    samples = samples.long().to(device)
-    fine = phases[(samples * torch.arange(COLUMNS, device=device)) % n] * decay.float().to(device)
+    samples = _on(phases, samples.long())
+    fine = phases[(samples * torch.arange(COLUMNS, device=device)) % n] * _on(phases, decay.float())
     coarse = phases[(samples * torch.arange(0, n // 2 + 1, COLUMNS, device=device)) % n]     # (B, 8, A)
-    gain, damp = ((value / (feedback * (1 - d))).float().to(device)[:, None, None] for value in (1, d))
+    gain, damp = (_on(phases, (value / (feedback * (1 - d))).float())[:, None, None] for value in (1, d))
     return gain - damp * one_sample, coarse[..., None], fine[:, :, None]
 
 
@@ -488,7 +496,7 @@ class Chain:
             if not 0 <= probability.get(name, 0) <= 1:
                 raise ValueError(f"expected a probability from 0 to 1 for {name}, got {probability[name]}")
             if name not in names:
-                raise ValueError(f"expected probabilities of the transforms chosen ({', '.join(names) or 'none'}), got {name}")
+                raise ValueError(f"expected probabilities of the transforms chosen, {', '.join(names)}; got {name}")
         self.sample_rate = sample_rate
         self.transforms = {name: table[name] for name in table if name in names}
         self.probability = {name: probability.get(name, t.probability) for name, t in self.transforms.items()}
@@ -520,7 +528,7 @@ class Chain:
                     rows = draws[name][block].nonzero().flatten() + block.start
                     if len(rows):
                         values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
-                        rows = rows.to(y.device)
+                        rows = _on(y, rows)
                         y[rows] = transform.apply(y[rows], self.sample_rate, **values)
         finally:
             torch.set_num_threads(threads)
@@ -560,7 +568,8 @@ def _spectrograms(path: Path, sounds: dict[str, Tensor], sample_rate: int) -> No
     size, rows = 1 << round(math.log2(sample_rate * 0.046)), math.ceil(len(sounds) / 3)      # windows of about 46 ms
     figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
     for axis, (name, sound) in zip(axes.flat, sounds.items()):
-        bins = torch.stft(sound, size, size // 4, window=torch.hann_window(size), pad_mode="constant", return_complex=True)
+        window = torch.hann_window(size)
+        bins = torch.stft(sound, size, size // 4, window=window, pad_mode="constant", return_complex=True)
         level = 20 * torch.log10(bins.abs() / size + 1e-6)
         axis.imshow(level, origin="lower", aspect="auto", vmin=-100, vmax=-20, cmap="magma",
                     extent=(0, len(sound) / sample_rate, 0, sample_rate / 2000))

@@ -117,7 +117,7 @@ def crops(folder, rounds, batch=96, n=59049, batches=12):
 
     def draw(seed):
         generator = np.random.default_rng(seed)
-        index = generator.integers(len(clips), size=batch)
+        index = generator.choice(np.flatnonzero(clips.length >= n), batch)
         return index, (generator.random(batch) * (clips.length[index] - n)).astype(np.int64)
 
     def read(index, start):
