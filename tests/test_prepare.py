@@ -889,3 +889,14 @@ def test_copied_alone_it_prepares_a_folder(tmp_path, python):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "next: python pretrain.py --data mine" in done.stdout and prepare.check(tmp_path / "data" / "mine") == []
+
+
+def test_unpacking_leaves_what_else_is_there(tmp_path):
+    (tmp_path / "genres" / "blues").mkdir(parents=True)
+    (tmp_path / "genres" / "notes.csv").write_text("mine")
+    (tmp_path / "genres" / "blues" / "a.wav").write_text("half of it, from an unpacking that was interrupted")
+    with zipfile.ZipFile(tmp_path / "g.zip", "w") as file:
+        file.writestr("genres/blues/a.wav", "whole")
+    published.unpack(tmp_path / "g.zip", tmp_path)
+    assert (tmp_path / "genres" / "notes.csv").read_text() == "mine" and (tmp_path / "genres" / "blues" / "a.wav").read_text() == "whole"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.zip", "genres"]
