@@ -635,7 +635,8 @@ def take_home(args, prepare, model):
         target.with_suffix(".partial.npz").replace(target)
         print(f"{target} {rows.shape}{', shorter than a window, padded with silence' * short}")
     said = [f"{len(jobs) - len(failed)} of {len(jobs)} files embedded, {before} of them before"] if jobs else []
-    print(*said, *failed, sep="\n")
+    for line in [*said, *failed]:
+        print(line)
     return int(len(failed) > 0)
 
 
