@@ -197,7 +197,7 @@ def numbers(args):
         if r["fraction"] in (0.1, 1.0):
             values = (f"{100 * r['mean'][m]:.1f} ± {100 * (r['interval'][m][1] - r['interval'][m][0]) / 2:.1f}" for m in ("roc_auc", "pr_auc"))
             table.append({"data": args.data, "what": f"{r['model']}, {100 * r['fraction']:g} % of the labels", "the paper": "-", "here": " / ".join(values),
-                          "type": f"`evaluate.py --ckpt runs/{args.data}/encoder.pt --random --fraction 0.1 1`",
+                          "type": f"`evaluate.py --ckpt runs/{args.data}/encoder.pt --random --fraction 0.1 1 --amp {result['protocol']['amp']}`",
                           "cost": "minutes" if r["model"] == "untrained" else f"{cost['hours']:g} h at {cost['pairs_per_s']:g} pairs/s on two cores ({cost['amp']})"})
     note = "ROC-AUC / PR-AUC in percent. ± is half of the 95 % interval over test songs: how far a test set of the same size may be."
     out = args.out or Path("results/numbers.json")
