@@ -107,7 +107,7 @@ def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, s
     scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-_on(x, snr_db).to(x.dtype)[:, None] / 20)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device, 2):
-        torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]).to(x.dtype), out=y[rows, 0])
+        torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]), out=y[rows, 0])
     return y
 
 
@@ -230,8 +230,7 @@ def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
     n = 1 << max(15, (x.shape[-1] + sample_rate // 50 - 1).bit_length())      # the band limit rings for under 20 ms
     y = torch.empty_like(x)
     bins = torch.arange(n // 2 + 1, device=x.device) * (2 / n)
-    edges = torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float()
-    edges = _on(x, edges)[:, None]
+    edges = _on(x, torch.where(ratio > 1, (1 / ratio).clamp(max=BAND_UP), BAND_DOWN).float())[:, None]
     for rows in _blocks(len(x), x.device, 4 * BLOCK):
         kept = ((edges[rows] - bins) * (1 / (0.03 * edges[rows]))).clamp_(0, 1)       # a ramp over the last 3 %
         kept = _fft(torch.fft.rfft, x[rows, 0], n).mul_(kept)
@@ -277,8 +276,8 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
     scale = scale.view(batch, segments - 1, count, phases)
     attacks = _attacks(padded, sample_rate)
-    blocks = torch.arange(hop, segments * hop, hop)[:, None] + torch.arange(first, first + lags, phases)
-    blocks = _on(padded, blocks)
+    blocks = (torch.arange(first, first + lags, phases, device=device)
+              + torch.arange(hop, segments * hop, hop, device=device)[:, None])
     before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade + phases) // ATTACK_BLOCK + 1]
     far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()   # settles ties
     continued = padded.unfold(1, fade + SHORT_TAPS - 1, 1)

@@ -31,6 +31,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -462,13 +463,18 @@ def pooled(kind, sizes, pool):
     return {**sizes, "pool": pool} if pool else sizes
 
 
-def run(args, clips, encoder, info, model):
-    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
+def require_fit(info, clips):
+    """ValueError where an encoder, by its info, cannot be evaluated on the clips."""
     if clips.task == "none":
         raise ValueError(f"{clips.name} has no labels: expected tagged data, e.g. prepared with --labels FILE.csv")
     if info.get("sample_rate") not in (None, clips.sample_rate):
         raise ValueError(f"the encoder works at {info['sample_rate']} Hz, {clips.name} is at {clips.sample_rate} Hz: "
                          f"prepare it again with --sample-rate {info['sample_rate']}")
+
+
+def run(args, clips, encoder, info, model):
+    """All that the flags ask of one encoder and one data set -> the metrics JSON as a dict. model: model.py."""
+    require_fit(info, clips)
     device, names, kept, before = model.choose_device(args.device), METRICS[clips.task], {}, {}
     kind = info.get("encoder", args.encoder)
     sizes = pooled(kind, info.get("sizes", {"width": args.width}), args.pool)
@@ -617,8 +623,8 @@ def take_home(args, prepare, model):
                 raise ValueError(f"{jobs[target]} and {file} would both become {target}: give each an --out of its own")
     sha256 = model.weights_sha256(net)
     for target, file in jobs.items():
-        source = json.dumps([sha256, args.hop, str(file.resolve()), file.stat().st_size])  # what a row depends on
         try:
+            source = json.dumps([sha256, args.hop, str(file.resolve()), file.stat().st_size])  # what the rows depend on
             if target.exists() and not args.overwrite:
                 with np.load(target) as old:
                     if "source" not in old or str(old["source"]) != source:
@@ -627,7 +633,7 @@ def take_home(args, prepare, model):
                 before += 1
                 continue
             rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
             failed.append(f"failed: {error}")
             continue
         target.parent.mkdir(parents=True, exist_ok=True)

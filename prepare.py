@@ -93,7 +93,7 @@ def _read(path):
                 block = block @ np.full(block.shape[1], 1 / block.shape[1], np.float32)
                 n, wrong = n + len(block), wrong + int((~np.isfinite(block)).sum())
                 yield rate, block
-            behind, uncounted = (raw.read(), _is_uncounted(path)) if file.format == "MP3" else (b"", b"")
+            behind, uncounted = (raw.read(), _uncounted_sync(path)) if file.format == "MP3" else (b"", b"")
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff") from None
@@ -112,7 +112,7 @@ def _read(path):
     yield rate, np.zeros(0, np.float32)
 
 
-def _is_uncounted(path):
+def _uncounted_sync(path):
     """The first two bytes of an mp3's frames, where its first frame does not count them (as Xing, Info, VBRI); else b""."""
     with open(path, "rb") as file:
         head = file.read(10)
@@ -235,10 +235,12 @@ def audio_files(root, key=lambda relative: relative.as_posix()):
     def unreadable(error):
         raise OSError(f"{error.filename}: cannot be read: {error.strerror}") from None
     for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        again = os.path.realpath(folder) in seen  # by a link in a circle
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not again)
-        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".") and not again):
+        if (real := os.path.realpath(folder)) in seen:  # again, by a link in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
             if path.suffix.lower() in AUDIO:
                 # One name has several spellings in Unicode, and file systems disagree on which.
                 name = key(Path(unicodedata.normalize("NFC", str(path.relative_to(root)))))
@@ -420,14 +422,13 @@ def _resume(folder, how, clips, shards=()):
             samples.write(bytes(128))  # room for the header, which needs the final length
             for k, shard in enumerate(shards):
                 part = clips[len(clips) * k // len(shards) : len(clips) * (k + 1) // len(shards)]
-                done, size, _ = _finished(shard, part) if fits(shard / "plan") else (-1, 0, 0)
-                if done < len(part):
+                own = [shard / name for name in ("audio.npy", "journal.jsonl")]
+                if not fits(shard / "plan") or _finished(shard, part) != (len(part), *(file.stat().st_size for file in own)):
                     raise ValueError(f"{shard}: expected a finished shard of the same files and flags; run it first")
-                with open(shard / "audio.npy", "rb") as file:
+                with open(own[0], "rb") as file:
                     file.seek(128)
                     shutil.copyfileobj(file, samples, 1 << 24)
-                samples.truncate(samples.seek(samples.tell() - (shard / "audio.npy").stat().st_size + size))
-                lines.write((shard / "journal.jsonl").read_bytes())
+                lines.write(own[1].read_bytes())
         (folder / "plan").write_text(how)
     done, size, keep = _finished(folder, clips)
     os.truncate(audio, size)

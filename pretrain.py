@@ -451,7 +451,7 @@ def check_arguments(parser, args):
             parser.error(f"--{name.replace('_', '-')} {value} is out of range: a finite number above 0 is expected")
     if args.batch_size % size:
         below = args.batch_size // size * size
-        near = ", ".join(map(str, sorted({max(n, size if size > 1 else 2) for n in (below, below + size)})))
+        near = ", ".join(map(str, sorted({max(n, size) for n in (below, below + size)})))
         parser.error(f"--batch-size {args.batch_size} does not divide by {size} processes; the nearest that do: {near}")
     try:
         args.probability = {name: float(value) for name, _, value in (item.partition("=") for item in args.probability)}

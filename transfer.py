@@ -272,20 +272,19 @@ def main(argv=None):
 def run(args, options, sources, targets, evaluate, model, prepare):
     """The grid: each cell by `evaluate.run`; then the table, the heat map and the JSON."""
     loaded = {name: model.load_encoder(path) for name, path in sources.items()}
-    kinds = {(encoder.name, encoder.sizes["width"], encoder.sizes.get("pool")) for encoder, _ in loaded.values()}
-    kinds = sorted(kinds or {("samplecnn", 1.0, None)}, key=str, reverse=True) if args.random else []
-    rows = [(name, encoder, info, None) for name, (encoder, info) in loaded.items()]
-    for kind in kinds:
+    as_loaded = (options.encoder, options.width, None)  # the encoder, its width and pooling: as --ckpt has them
+    rows = [(name, encoder, info, as_loaded) for name, (encoder, info) in loaded.items()]
+    kinds = dict.fromkeys((e.name, e.sizes["width"], e.sizes.get("pool")) for e, _ in loaded.values()) or [as_loaded]
+    for kind in kinds if args.random else ():
         rows.append(("untrained" if len(kinds) == 1 else f"untrained {kind[0]}, width {kind[1]:g}", None, {}, kind))
-    wrong = [f"{clips.name} has no labels" for clips in targets.values() if clips.task == "none"]
-    if wrong:
-        raise ValueError(f"{wrong[0]}: expected tagged data, e.g. prepared with --labels FILE.csv")
+    for clips in targets.values():  # before hours of work
+        for _, _, info, _ in rows:
+            evaluate.require_fit(info, clips)
     cells, meta = [], {}
     for name, clips in targets.items():
         for source, encoder, info, kind in rows:
             options.random = encoder is None
-            if kind:
-                options.encoder, options.width, options.pool = kind
+            options.encoder, options.width, options.pool = kind
             for options.hidden in args.hidden:
                 print(f"{source} on {name}, hidden units of the probe: {options.hidden}", file=sys.stderr)
                 result = evaluate.run(options, clips, encoder, info, model)

@@ -153,15 +153,14 @@ def labels(args):
     """The label fractions of Figure 4 for CLMR and the untrained control, by the probe of the paper and by logistic regression to
     its optimum (which no early stopping can disturb), and for the supervised network; the picture beside the JSON."""
     out, folder, result = args.out or Path("results/labels.json"), args.runs / "labels", {"results": []}
-    jobs = [(f"{probe}.json", ["--random", "--probe", probe, "--fraction", *args.fraction, "--seeds", args.seeds]) for probe in ("adam", "lbfgs")]
+    jobs = [(f"{probe}.json", args.fraction, args.seeds, ["--random", "--probe", probe]) for probe in ("adam", "lbfgs")]
     if args.supervised:  # a network trained end to end takes minutes to hours, a probe seconds
-        jobs += [(f"supervised-{f}.json", ["--supervised", "--fraction", f, "--seeds", args.supervised, "--lr", args.lr])
-                 for f in args.supervised_fraction or args.fraction]
-    for name, flags in jobs:
-        protocol = json.loads((folder / name).read_text())["protocol"] if (folder / name).exists() else {}
-        if not (protocol and protocol["ckpt"] == str(args.ckpt) and flags[flags.index("--fraction") + 1 :][: len(protocol["fraction"])]
-                == [f"{f:g}" for f in protocol["fraction"]]):
-            call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--amp", args.amp, "--out", folder / name, "--export", folder)
+        jobs += [(f"supervised-{f}.json", [f], args.supervised, ["--supervised", "--lr", args.lr]) for f in args.supervised_fraction or args.fraction]
+    for name, fractions, seeds, flags in jobs:
+        there = json.loads((folder / name).read_text())["protocol"] if (folder / name).exists() else {}
+        if [there.get(key) for key in ("ckpt", "fraction", "seeds")] != [str(args.ckpt), list(map(float, fractions)), seeds]:
+            call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--fraction", *fractions, "--seeds", seeds, "--amp", args.amp,
+                 "--out", folder / name, "--export", folder)
         if not args.dry_run:
             part = json.loads((folder / name).read_text())
             known = {(r["model"], r["probe"], r["fraction"]) for r in result["results"]}  # a checkpoint is probed along with the supervised network

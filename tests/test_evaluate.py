@@ -462,6 +462,8 @@ def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):
     assert evaluate.main([*command[:-1], "2"]) == 1  # what is there is not what is asked for: neither kept nor replaced in silence
     assert "0 of 5 files embedded" in (said := capsys.readouterr().out) and "of another recording, encoder or --hop" in said
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
+    (tmp_path / "e" / "short.wav.npz").write_bytes(b"PK cut off")
+    assert evaluate.main(command) == 1 and "3 of 5 files embedded" in capsys.readouterr().out
     assert evaluate.main([*command, "--overwrite"]) == 1
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns != before
     wav = str(sounds / "stereo.wav")

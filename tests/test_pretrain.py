@@ -2,7 +2,6 @@
 
 The toy tests start their own processes with torch.multiprocessing; those of kills, signals and equal weights run the script
 as a user does, plain or with torchrun (gloo, CPU); the others call its `main` here, which spares them the import of torch."""
-import copy
 import math
 import os
 import random

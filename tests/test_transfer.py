@@ -127,3 +127,16 @@ def test_bad_commands_get_one_line(flags, code, says, capsys):
 def test_checkpoint_of_another_format(capsys, tiny_data):
     assert transfer.main(["--ckpt", f"A={__file__}", "--data", str(tiny_data)]) == 1
     assert "cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_every_kind_of_encoder_has_its_own_control(tiny_data, tiny_single, tmp_path):
+    for name, width in (("samplecnn", 1 / 16), ("cpc", 1 / 64)):
+        model.save_encoder(tmp_path / f"{name}.pt", model.build_encoder(name, width=width), sample_rate=22050, method="clmr", step=1)
+    argv = ["--ckpt", f"A={tmp_path / 'samplecnn.pt'}", f"B={tmp_path / 'cpc.pt'}", "--data", str(tiny_data), str(tiny_single), "--random", *FEW]
+    assert transfer.main([*argv, "--out", str(tmp_path / "t.json")]) == 0
+    cells = json.loads((tmp_path / "t.json").read_text())["cells"]
+    assert len(cells) == 8 and {(c["source"], c["encoder"]["encoder"]) for c in cells} == {
+        ("A", "samplecnn"), ("B", "cpc"), ("untrained samplecnn, width 0.0625", "samplecnn"), ("untrained cpc, width 0.015625", "cpc")}
+    model.save_encoder(tmp_path / "other.pt", model.build_encoder("samplecnn", width=1 / 16), sample_rate=44100, method="clmr", step=1)
+    assert transfer.main(["--ckpt", f"A={tmp_path / 'samplecnn.pt'}", f"C={tmp_path / 'other.pt'}", "--data", str(tiny_data), *FEW,
+                          "--out", str(tmp_path / "never.json")]) == 1 and not (tmp_path / "never.json").exists()
