@@ -101,8 +101,8 @@ def he_init(module):
 class Block(nn.Sequential):
     """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T').
 
-    Training on a CPU in float32 or float64 goes through `TrainingStep`: the same numbers, exact statistics, less time and
-    memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass."""
+    Training on a CPU in float32 or float64 goes through `StemStep` and `TrainingStep`: the same numbers, exact statistics,
+    less time and memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass."""
 
     recompute = False
     over_processes = False  # statistics over all processes; set by `synchronise`
@@ -112,7 +112,10 @@ class Block(nn.Sequential):
         if not self.training or not (on_cpu or self.recompute):
             return super().forward(x)
         conv, norm = self[0], self[1]
-        return TrainingStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm, len(self) == 4, self.recompute, self.over_processes)
+        parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
+        if x.shape[1] == 1:
+            return StemStep.apply(x, *parameters, self.over_processes)
+        return TrainingStep.apply(x, *parameters, len(self) == 4, self.recompute, self.over_processes)
 
 
 def as_rows(image):
@@ -123,6 +126,79 @@ def as_rows(image):
 def as_image(rows):
     """(b, T, C) -> (b, C, 1, T), a view that is channels-last."""
     return rows.transpose(1, 2).unsqueeze(2)
+
+
+def half_or_full(x, weight):
+    """The type that a convolution of x would compute in."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+
+
+def note_statistics(norm, mean, var, count):
+    """Move the running mean and (unbiased) variance as nn.BatchNorm2d does."""
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+    norm.running_var.lerp_((var * count / (count - 1).clamp_min(1)).to(norm.running_var), norm.momentum)
+
+
+class StemStep(torch.autograd.Function):
+    """The stem's forward and backward pass in training, without writing down anything but its output.
+
+    Its windows r of 3 samples do not overlap, so the convolution is y = W r, and a channel's mean and variance over the batch
+    follow from the mean and the 3 x 3 covariance of the windows: W E[r] and W Cov[r] W^T (taken in float64, and over all
+    processes). Normalising is then part of the one product. Backward, all gradients follow from sums over g and g r^T, where
+    g is the incoming gradient where the ReLU was open. Rows: N = B T of (1, r), (N, 4)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, beta, norm, over_processes):
+        rows = F.pad(x.reshape(-1, 3).to(gamma.dtype), (1, 0), value=1.0)  # (N, 4)
+        own = sum(part.T @ part for part in rows.double().split(1 << 20))  # (4, 4): count, sums, sums of products
+        everybody = own.clone()
+        if over_processes:
+            dist.all_reduce(everybody)
+        count, centre = everybody[0, 0], everybody[0, 1:] / everybody[0, 0]
+        w = weight.detach().double().flatten(1)  # (C, 3)
+        mean, var = w @ centre, ((w @ (everybody[1:, 1:] / count - centre.outer(centre))) * w).sum(1).clamp_min(0)
+        note_statistics(norm, mean + bias, var, count)
+        inverse = (var + norm.eps).rsqrt()
+        scale, dtype = gamma * inverse, half_or_full(x, weight)
+        shift, folded = (beta - mean * scale).to(dtype), (w * scale[:, None]).T.to(dtype)  # (C,), (3, C)
+        out = x.new_empty(len(rows), len(w), dtype=dtype)
+        for part, y in zip(rows.split(8192), out.split(8192)):  # few enough to stay in a CPU's cache
+            torch.addmm(shift, part[:, 1:].to(dtype), folded, out=y).relu_()
+        ctx.save_for_backward(rows, w, gamma, mean, inverse, own, count, out)
+        ctx.over_processes, ctx.shape = over_processes, x.shape
+        return as_image(out.view(len(x), -1, len(w)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, w, gamma, mean, inverse, own, count, out = ctx.saved_tensors
+        sums, dx = own.new_zeros(4, len(w)), []
+        for part, g, y in zip(rows.split(8192), as_rows(grad).flatten(0, 1).split(8192), out.split(8192)):
+            g = torch.ops.aten.threshold_backward(g, y, 0).to(rows.dtype)
+            sums += part.T @ g
+            if ctx.needs_input_grad[0]:
+                dx.append(g @ (w * (gamma * inverse)[:, None]).to(g))
+        dbeta, products = sums[0], sums[1:].T  # (C,), (C, 3): sums of g and of g r^T
+        dgamma = inverse * ((w * products).sum(1) - mean * dbeta)  # of g times the normalised y
+        everybody = torch.stack([dbeta, dgamma])
+        if ctx.over_processes:
+            dist.all_reduce(everybody)
+        of_g, of_gy = everybody / count  # dy = scale (g - of_g - (y - mean) inverse of_gy)
+        normal = inverse[:, None] * (w @ own[1:, 1:] - mean.outer(own[0, 1:]))  # sum of normalised y times r^T
+        scale = gamma * inverse
+        dw = scale[:, None] * (products - of_g.outer(own[0, 1:]) - of_gy[:, None] * normal)
+        if dx:
+            y_part = scale * of_gy * inverse
+            constant, linear = (y_part * mean - scale * of_g) @ w, -(w.T * y_part) @ w
+            dx = (torch.cat(dx) + torch.addmm(constant, rows[:, 1:].to(linear), linear).to(rows)).view(ctx.shape)
+        dw = dw.to(gamma)[:, None, None]  # (C, 1, 1, 3)
+        return dx if ctx.needs_input_grad[0] else None, channels_last(dw), torch.zeros_like(gamma), dgamma.to(gamma), dbeta.to(gamma), None, None
+
+
+def channels_last(dw):
+    """A copy of a weight's gradient in the weights' layout, as DDP's buckets have it."""
+    return torch.empty_like(dw, memory_format=torch.channels_last).copy_(dw)
 
 
 class TrainingStep(torch.autograd.Function):
@@ -137,67 +213,63 @@ class TrainingStep(torch.autograd.Function):
         processes (section 3.2), which torch's SyncBatchNorm refuses to do on a CPU.
       - The gradient of the convolution's output y is affine in y, plus the incoming gradient at the maxima; per group it is
         made and turned into the gradients of weights and input. The bias moves the running mean alone: its gradient is zero.
-    Rows are (b, T, C), views of channels-last (b, C, 1, T). The stem's windows do not overlap: (b, T, 3) times a matrix."""
+    Rows are (b, T, C), views of channels-last (b, C, 1, T)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, norm, pool, recompute, over_processes):
-        stem, kind = x.shape[1] == 1, x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = half_or_full(x, weight)
         sign = torch.where(gamma < 0, -1.0, 1.0).to(weight)
-        w = (weight * sign.view(-1, 1, 1, 1)).to(dtype)
-        w, x = (w.flatten(1), x.to(dtype).reshape(len(x), -1, 3)) if stem else (w, as_rows(x.to(dtype)))
-        ctx.size = max(1, (1 << (20 if kind == "cpu" else 26)) // (x.shape[1] * len(w)))  # examples of a group
-        kept, tops, pivot, sums = [], [], None, x.new_zeros(2, len(w), dtype=torch.float64)
-        for rows in x.split(ctx.size):
+        w, x = (weight * sign.view(-1, 1, 1, 1)).to(dtype), as_rows(x.to(dtype))
+        ctx.size = max(1, (1 << (20 if x.device.type == "cpu" else 26)) // (x.shape[1] * len(w)))  # examples of a group
+        kept, pivot, sums = [], None, x.new_zeros(2, len(w), dtype=torch.float64)
+        top = x.new_empty(len(x), x.shape[1] // (3 if pool else 1), len(w))  # (B, T', C')
+        for rows, highest in zip(x.split(ctx.size), top.split(ctx.size)):
             y = TrainingStep.convolve(rows, w)  # (b, T, C')
             high = y.to(gamma.dtype)
             pivot = high.mean((0, 1)) if pivot is None else pivot  # sums of squares cancel where y hardly varies, as early on
             high = high - pivot
             sums += torch.stack([high.sum((0, 1)), high.square_().sum((0, 1))])
             kept += [y] if pool and not recompute else []
-            tops.append(y.unflatten(1, (-1, 3)).amax(2) if pool else y)
-        top, pivot = torch.cat(tops), pivot.double()  # (B, T', C')
-        ctx.count = x.shape[0] * x.shape[1]
-        sums[1] += 2 * pivot * sums[0] + ctx.count * pivot.square()
-        sums[0] += ctx.count * pivot
+            torch.amax(y.unflatten(1, (-1, 3 if pool else 1)), 2, out=highest)
+        pivot, count = pivot.double(), sums.new_tensor(x.shape[0] * x.shape[1])
+        sums[1] += 2 * pivot * sums[0] + count * pivot.square()
+        sums[0] += count * pivot
         if over_processes:
-            ctx.count *= dist.get_world_size()
+            count *= dist.get_world_size()
             dist.all_reduce(sums)
-        mean = sums[0] / ctx.count
-        var = (sums[1] / ctx.count - mean.square()).clamp_min(0)
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_((mean * sign + bias).to(gamma.dtype), norm.momentum)
-        norm.running_var.lerp_((var * ctx.count / max(1, ctx.count - 1)).to(gamma.dtype), norm.momentum)
+        mean = sums[0] / count
+        var = (sums[1] / count - mean.square()).clamp_min(0)
+        note_statistics(norm, mean * sign + bias, var, count)
         inverse = (var + norm.eps).rsqrt()
         scale = gamma.abs() * inverse
         out = torch.addcmul((beta - mean * scale).to(gamma.dtype), top, scale.to(gamma.dtype)).relu_().to(dtype)
-        ctx.save_for_backward(x, w, sign, gamma, mean, inverse, out, top if pool else None, *kept)
+        ctx.save_for_backward(x, w, sign, gamma, mean, inverse, count, out, top if pool else None, *kept)
         ctx.pool, ctx.over_processes = pool, over_processes
         return as_image(out)  # (B, C', 1, T')
 
     @staticmethod
     def convolve(rows, w):
-        return rows @ w.T if w.dim() == 2 else as_rows(F.conv2d(as_image(rows), w, padding=(0, 1)))
+        return as_rows(F.conv2d(as_image(rows), w, padding=(0, 1)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, w, sign, gamma, mean, inverse, out, top, *kept = ctx.saved_tensors
-        high, stem, parts, masked, dx = gamma.dtype, w.dim() == 2, x.split(ctx.size), [], []
-        sums, dw = x.new_zeros(2, len(w), dtype=torch.float64), x.new_zeros(1 if stem else 3, *w.shape[:2], dtype=high)
-        centre = mean.to(high)
+        x, w, sign, gamma, mean, inverse, count, out, top, *kept = ctx.saved_tensors
+        high, parts, masked = gamma.dtype, x.split(ctx.size), []
+        sums, dw = x.new_zeros(2, len(w), dtype=torch.float64), x.new_zeros(3, *w.shape[:2], dtype=high)
+        centre, dx = mean.to(high), torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for i, (g, o) in enumerate(zip(as_rows(grad).split(ctx.size), out.split(ctx.size))):
             t = top[i * ctx.size : (i + 1) * ctx.size] if ctx.pool else TrainingStep.convolve(parts[i], w)
-            masked.append(g.masked_fill(o <= 0, 0).to(high))  # (b, T', C')
+            masked.append(torch.ops.aten.threshold_backward(g, o, 0).to(high))  # (b, T', C')
             sums += torch.stack([masked[i].sum((0, 1)), (masked[i] * (t - centre)).sum((0, 1))])
         sums[1] *= inverse
         own = sums.clone()
         if ctx.over_processes:
             dist.all_reduce(sums)
         scale = gamma.abs() * inverse
-        slope = -scale * inverse * sums[1] / ctx.count
-        offset, slope, scale = (-scale * sums[0] / ctx.count - slope * mean).to(high), slope.to(high), scale.to(high)
-        back = None if stem else w.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        slope = -scale * inverse * sums[1] / count
+        offset, slope, scale = (-scale * sums[0] / count - slope * mean).to(high), slope.to(high), scale.to(high)
+        back = w.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         for i, rows in enumerate(parts):
             y = (kept[i] if kept else TrainingStep.convolve(rows, w)).to(high)
             d, g = torch.addcmul(offset, y, slope), masked[i].mul_(scale)  # (b, T, C')
@@ -205,18 +277,17 @@ class TrainingStep(torch.autograd.Function):
                 g, y = as_image(g), as_image(y)
                 at = F.max_pool2d(y, (1, 3), return_indices=True)[1]
                 g = as_rows(torch.ops.aten.max_pool2d_with_indices_backward(g, y, (1, 3), (1, 3), (0, 0), (1, 1), False, at))
-            d = (d + g).to(w.dtype)
-            taps = ((0, 0),) if stem else ((1, 0), (0, 0), (0, 1))  # rows left out at the start of d, of x: t - 1, t, t + 1
-            for tap, (late, early) in enumerate(taps):
+            d = d.add_(g).to(w.dtype)
+            for tap, (late, early) in enumerate(((1, 0), (0, 0), (0, 1))):  # rows left out at the start of d, of x: t - 1, t, t + 1
                 of_d, of_x = d[:, late : d.shape[1] - early], rows[:, early : d.shape[1] - late]
-                dw[tap] += of_d.flatten(0, 1).T @ of_x.flatten(0, 1)
-            if ctx.needs_input_grad[0]:
-                dx.append(d @ w if stem else TrainingStep.convolve(d, back))
-        dw = (dw * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3); of the stem (C', 3, 1, 1)
-        dw = dw.transpose(1, 3) if stem else dw
-        dx = None if not dx else torch.cat(dx).flatten(1)[:, None, None] if stem else as_image(torch.cat(dx))
-        dw = torch.empty_like(dw, memory_format=torch.channels_last).copy_(dw)  # the weights' layout, as DDP's buckets have it
-        return dx, dw, torch.zeros_like(gamma), own[1] * sign, own[0], None, None, None, None
+                if d.dtype == high:
+                    dw[tap].addbmm_(of_d.transpose(1, 2), of_x)
+                else:  # one product, which adds up in float32
+                    dw[tap] += of_d.flatten(0, 1).T @ of_x.flatten(0, 1)
+            if dx is not None:
+                dx[i * ctx.size : (i + 1) * ctx.size] = TrainingStep.convolve(d, back)
+        dw = (dw * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3)
+        return None if dx is None else as_image(dx), channels_last(dw), torch.zeros_like(gamma), own[1] * sign, own[0], None, None, None, None
 
 
 class SampleCNN(nn.Module):
