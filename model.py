@@ -231,7 +231,7 @@ class TrainingStep(torch.autograd.Function):
             sums += torch.stack([high.sum((0, 1)), high.square_().sum((0, 1))])
             kept += [y] if pool and not recompute else []
             torch.amax(y.unflatten(1, (-1, 3 if pool else 1)), 2, out=highest)
-        pivot, count = pivot.double(), sums.new_tensor(x.shape[0] * x.shape[1])
+        pivot, count = pivot.double(), sums.new_full((), x.shape[0] * x.shape[1])
         sums[1] += 2 * pivot * sums[0] + count * pivot.square()
         sums[0] += count * pivot
         if over_processes:

@@ -4,17 +4,21 @@
 `tiny_single`  the same recordings with one label each (low, high)
 `python`       the interpreter
 `run`          run(["prepare.py", "--data", ...], **kwargs of subprocess.run) -> CompletedProcess, text, one thread
+`on_a_gpu`     on_a_gpu(main, ["--data", ...]) -> (exit code, the PretendGpu), a script's main on a pretend GPU
 """
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -87,3 +91,41 @@ def tiny_data(run, tiny_audio, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_single(run, tiny_audio, tmp_path_factory):
     return make(run, tiny_audio, "labels.csv", tmp_path_factory.mktemp("prepared") / "tiny-single")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    import model
+    import pretrain
+    from pretend_gpu import CUDA, PretendGpu
+
+    class AtOnce:
+        """Of a thread's tensors the pretend GPU would not know."""
+
+        def __init__(self, threads):
+            pass
+
+        def submit(self, function, *args):
+            (future := Future()).set_result(function(*args))
+            return future
+
+        def shutdown(self, cancel_futures=False):
+            pass
+
+    def on_a_gpu(main, args):
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with PretendGpu() as gpu:
+                return main([str(arg) for arg in args]), gpu
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    monkeypatch.setattr(model, "choose_device", lambda name="auto": CUDA)
+    monkeypatch.setattr(model, "choose_amp", lambda device, amp="auto": "off")
+    monkeypatch.setattr(model, "tune_allocator", lambda: None)
+    monkeypatch.setattr(pretrain, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 36, 1 << 36))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
+    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda self: None)
+    return on_a_gpu
