@@ -211,7 +211,9 @@ DRIFT = 0.035               # s off its own time at most that a segment may run 
 TAPS, SHORT_TAPS = 32, 12   # of the interpolator: how near to half the sample rate it can read; while searching
 BAND_UP, BAND_DOWN = 0.91, 0.97     # of half the sample rate is kept; images of what is below 0.91 are 50 dB down
 GROUP = 32                  # outputs that the interpolator computes in one matrix product
-ATTACK_BLOCK = 16           # samples, the resolution of the attacks
+ATTACK_BITS = 4             # attacks are counted in blocks of 2^4 samples
+ATTACK_BLOCK = 1 << ATTACK_BITS
+FRACTION_BITS = 11          # the interpolator knows 2^11 places between two samples
 
 
 def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
@@ -275,35 +277,39 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     power = pad(around.square().cumsum(2), (1, 0))
     scale = (power[:, :, fade:fade + lags] - power[:, :, :lags]).clamp_min_(1e-8).rsqrt_()
     scale = scale.view(batch, segments - 1, count, phases)
-    attacks = _attacks(padded, sample_rate)
+    attacks, reach = _attacks(padded, sample_rate), fade // ATTACK_BLOCK + 3
     blocks = (torch.arange(first, first + lags, phases, device=device)
-              + torch.arange(hop, segments * hop, hop, device=device)[:, None])
-    before, until = attacks[:, blocks // ATTACK_BLOCK], attacks[:, (blocks + fade + phases) // ATTACK_BLOCK + 1]
-    far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()   # settles ties
-    continued = padded.unfold(1, fade + SHORT_TAPS - 1, 1)
+              + torch.arange(hop, segments * hop, hop, device=device)[:, None]) // ATTACK_BLOCK
+    candidates = torch.stack([attacks[:, blocks + (fade + phases) // ATTACK_BLOCK + 1], -attacks[:, blocks]], 2)
+    # and around what comes next, by its block; a block of margin, so that going straight on is cheapest
+    onward = torch.stack([attacks[:, reach:], -pad(attacks, (1, 0))[:, :-reach - 1]], 2)           # (B, blocks, 2)
+    far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()     # settles ties
+    continued, table = padded.unfold(1, fade + SHORT_TAPS - 1, 1), _kernel_table(SHORT_TAPS, device)
     template = padded.new_zeros(batch, fade + 2 * (phases - 1))
+    step = (ratio * (hop << FRACTION_BITS)).round().long()             # times are fixed-point: few and small calls
     starts = [start]
     for s in range(1, segments):
         own = first + s * hop                                                                  # of the first lag
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
-        ahead = start + hop * ratio
-        whole = ahead.floor().long()
-        kernel = _kernel((ahead - whole).float(), SHORT_TAPS)[:, None]                         # (B, 1, SHORT_TAPS)
+        ahead = torch.add(step, start, alpha=1 << FRACTION_BITS)
+        whole, kernel = ahead >> FRACTION_BITS, table[ahead & (1 << FRACTION_BITS) - 1]        # (B,), (B, SHORT_TAPS)
         near = continued[row, whole - (SHORT_TAPS // 2 - 1)].unfold(1, fade, 1).contiguous()   # (B, SHORT_TAPS, fade)
-        next_up = torch.bmm(kernel, near)[:, 0]                                                # (B, fade)
-        template[:, phases - 1:1 - phases] = next_up * next_up.square().sum(1, keepdim=True).clamp_min_(1e-8).rsqrt_()
+        next_up = torch.bmm(kernel[:, None], near)[:, 0]                                       # (B, fade)
+        norm = torch.linalg.vector_norm(next_up, dim=1, keepdim=True).clamp_min(1e-4)
+        template[:, phases - 1:1 - phases] = next_up / norm
         # the product with the input at lag phases q + p is one small matrix product: the input from phases q on, times
         # the template moved by p; a view can only move it the other way, so p runs backwards
         room = padded.as_strided((batch, count, width), (padded.stride(0), phases, 1), own).contiguous()
         moved = template.unfold(1, width, 1).contiguous().transpose(1, 2)                      # (B, width, phases)
         match = torch.bmm(room, moved).flip(2)                                                 # (B, count, phases)
-        # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice
-        block = whole[:, None] // ATTACK_BLOCK                # a block of margin, so that going straight on is cheapest
-        heard, coming = attacks.gather(1, block - 1), attacks.gather(1, block + fade // ATTACK_BLOCK + 3)
-        cut = torch.maximum(until[:, s - 1], coming).sub_(torch.minimum(before[:, s - 1], heard))      # (B, count)
+        # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice: up to
+        # the later end of the two stretches, less those before the earlier beginning
+        here = onward[row, ahead >> FRACTION_BITS + ATTACK_BITS]                               # (B, 2)
+        cut = torch.maximum(candidates[:, s - 1], here[:, :, None]).sum(1)                     # (B, count)
         lag = torch.addcmul(cut[:, :, None] + far, match, scale[:, s - 1], value=-1).flatten(1).argmin(1)
-        hold = (cut[row, lag // phases] > 0.2) & ((whole - own - search).abs() < DRIFT * sample_rate)
-        start = torch.where(hold, ahead.round().long(), lag + own)                             # hold: no splice here
+        hold = (cut[row, lag // phases] > 0.2) & ((whole - (own + search)).abs() < DRIFT * sample_rate)
+        nearest = ahead + (1 << FRACTION_BITS - 1) >> FRACTION_BITS
+        start = torch.where(hold, nearest, lag + own)                                          # hold: no splice here
         starts.append(start)
     return torch.stack(starts, 1)
 
@@ -347,7 +353,7 @@ def _kernel(fraction: Tensor, taps: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _kernel_table(taps: int, device: torch.device, fractions: int = 2048) -> Tensor:
+def _kernel_table(taps: int, device: torch.device, fractions: int = 1 << FRACTION_BITS) -> Tensor:
     t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
     weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
     return (weights / weights.sum(1, keepdim=True)).float().to(device)
