@@ -1,8 +1,9 @@
-"""What pretrain.py promises, measured: speed against the released model, kills survived, bfloat16 against float32.
+"""What pretrain.py promises, measured: speed against the released model and as a whole, kills survived, bfloat16 against float32.
 
     python bench/pretrain.py speed --out results/pretrain-speed.json                 # about ten minutes on two cores
     python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about five minutes
     python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # about ten minutes
+    python bench/pretrain.py whole --data mtat --max-steps 300 --log-every 20        # the whole script, on a GPU where there is one
 
 speed: a training step on ready-made noise (encoder, projector, NT-Xent, Adam). Each variant runs in a process of its own (the
 allocator is set once per process), in turn: A B C A B C ...; the figures are medians over all timed steps. Variants:
@@ -18,6 +19,10 @@ must then equal, bit for bit, those of a run nobody touched. With one process an
 
 curves: the loss of the network (--width) over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
+
+whole: the script itself on real clips, reading, chain, step and log included, on the device it chooses, in
+turn: as it is, with crops alone (what the chain costs), in each precision, and as two processes (on one GPU no test of speed, but
+of its batch statistics and exchange). Rates are medians of the log's lines, without its first third; `busy` is nvidia-smi's.
 """
 import argparse
 import json
@@ -233,6 +238,47 @@ def curves(args):
                        f"the next the float32 loss itself moves by {spread:.3f} (standard deviation)."}
 
 
+# ------------------------------------------------------------------------------------------------------------ whole
+
+MTAT_SONGS = 18_706  # training clips, one pair of each an epoch
+
+
+def whole(args):
+    import torch
+
+    gpu, folder, rows = torch.cuda.is_available(), tempfile.mkdtemp(dir=args.scratch), []
+    cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "--amp off": (1, ["--amp", "off"]),
+             **({"--amp bf16": (1, ["--amp", "bf16"]), "--amp fp16": (1, ["--amp", "fp16"])} if gpu else {}), "two processes": (2, [])}
+    runs = {case: [] for case in cases}
+    for turn in range(args.rounds):
+        for case, (size, flags) in cases.items():
+            out = Path(folder) / f"{case.replace(' ', '-')}-{turn}"
+            command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if size == 2 else []), "pretrain.py",
+                       "--data", args.data, "--width", str(args.width), "--batch-size", str(args.batch_sizes[0]), "--max-steps", str(args.max_steps),
+                       "--log-every", str(args.log_every), "--save-every", str(args.max_steps), "--out", str(out), *flags]
+            process, busy = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), []
+            while process.poll() is None:
+                time.sleep(0.5)
+                if gpu:
+                    asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+                    busy.append(int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]))
+            if process.returncode:
+                raise RuntimeError(f"{case}: {process.stderr.read().strip().splitlines()[-1]}")
+            head, *log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            steps = [line for line in log if "pairs" in line]
+            runs[case].append({"rates": [line["pairs_per_s"] for line in steps[len(steps) // 3 :]], "wait": statistics.median(line["wait"] for line in steps),
+                               "loss": steps[-1]["loss"], "peak_gib": log[-1]["peak_gib"], "amp": head["config"]["amp"], "device": head["device"],
+                               "busy": statistics.median(busy[len(busy) // 2 :]) if busy else None})
+            print(json.dumps({"case": case, **runs[case][-1]}), flush=True)
+    for case, found in runs.items():
+        rate = statistics.median(r for run in found for r in run["rates"])
+        rows.append({"run": case, "precision": found[0]["amp"], "pairs / s": round(rate, 1), "1,000 epochs of MTAT": f"{1000 * MTAT_SONGS / rate / 3600:.1f} h",
+                     "waiting for audio": f"{100 * statistics.median(run['wait'] for run in found):.1f} %", "peak GiB": found[0]["peak_gib"],
+                     "last loss": round(found[0]["loss"], 3), **({"busy": f"{statistics.median(run['busy'] for run in found):.0f} %"} if gpu else {})})
+    where = torch.cuda.get_device_name() if gpu else f"{machine()['cpu']}, {os.cpu_count()} cores"
+    return {"runs": runs, "caption": f"pretrain.py on {args.data}, {args.max_steps} steps of {args.batch_sizes[0]} pairs, width {args.width:g}, on {where}; {args.rounds} turns.", "table": rows}
+
+
 # ------------------------------------------------------------------------------------------------------------ program
 
 
@@ -243,14 +289,15 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["speed", "kills", "curves"], default="speed")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 48], help="curves: the first")
-    parser.add_argument("--rounds", type=int, default=3, help="speed: turns of every variant")
+    parser.add_argument("what", nargs="?", choices=["speed", "kills", "curves", "whole"], default="speed")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="speed (default: 16 48); of curves (16) and whole (96) the first")
+    parser.add_argument("--rounds", type=int, default=3, help="speed, whole: turns of every variant")
     parser.add_argument("--steps", type=int, default=3, help="speed: timed steps per process, after one that is not timed")
     parser.add_argument("--variants", nargs="+", default=["released", "ours", "recompute", "float32"], help="speed")
-    parser.add_argument("--data", default="demo", help="kills, curves: prepared data")
-    parser.add_argument("--width", type=float, default=1.0, help="curves: factor on all channels")
-    parser.add_argument("--max-steps", type=int, help="kills (default: 5 a kill), curves (default: 30)")
+    parser.add_argument("--data", default="demo", help="kills, curves, whole: prepared data")
+    parser.add_argument("--width", type=float, default=1.0, help="curves, whole: factor on all channels")
+    parser.add_argument("--max-steps", type=int, help="kills (default: 5 a kill), curves (default: 30), whole (default: 100)")
+    parser.add_argument("--log-every", type=int, default=10, help="whole: steps that one rate is taken over")
     parser.add_argument("--kills", type=int, default=20, help="kills of the run with one process, and of that with two")
     parser.add_argument("--spread", type=float, default=0.5, help="kills: seconds within which the kill comes")
     parser.add_argument("--scratch", help="kills: where the run folders are made")
@@ -262,13 +309,14 @@ def main():
         print(json.dumps(globals()[function](variant, *(int(x) if x.isdigit() else x for x in rest))))
         return
     args = parser.parse_args()
-    args.max_steps = args.max_steps or (30 if args.what == "curves" else 5 * args.kills)
+    args.batch_sizes = args.batch_sizes or {"whole": [96]}.get(args.what, [16, 48])
+    args.max_steps = args.max_steps or {"curves": 30, "whole": 100}.get(args.what, 5 * args.kills)
     import torch
 
     began = time.perf_counter()
     result = {"command": " ".join(["python", "bench/pretrain.py", *sys.argv[1:]]), "machine": machine(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              **{"speed": speed, "kills": kills, "curves": curves}[args.what](args)}
+              **{"speed": speed, "kills": kills, "curves": curves, "whole": whole}[args.what](args)}
     result["minutes"] = round((time.perf_counter() - began) / 60, 1)
     result["caption"] += f" torch {torch.__version__}; `{result['command']}`"
     if args.out:
