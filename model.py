@@ -133,6 +133,11 @@ def half_or_full(x, weight):
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
 
 
+def at_once(x, size):
+    """How many examples of `size` numbers to work on together: a CPU's cache holds them, on a GPU they fill it."""
+    return max(1, (1 << (20 if x.device.type == "cpu" else 26)) // size)
+
+
 def note_statistics(norm, mean, var, count):
     """Move the running mean and (unbiased) variance as nn.BatchNorm2d does."""
     norm.num_batches_tracked += 1
@@ -163,7 +168,8 @@ class StemStep(torch.autograd.Function):
         scale, dtype = gamma * inverse, half_or_full(x, weight)
         shift, folded = (beta - mean * scale).to(dtype), (w * scale[:, None]).T.to(dtype)  # (C,), (3, C)
         out = x.new_empty(len(rows), len(w), dtype=dtype)
-        for part, y in zip(rows.split(8192), out.split(8192)):  # few enough to stay in a CPU's cache
+        ctx.size = at_once(x, len(w))
+        for part, y in zip(rows.split(ctx.size), out.split(ctx.size)):
             torch.addmm(shift, part[:, 1:].to(dtype), folded, out=y).relu_()
         ctx.save_for_backward(rows, w, gamma, mean, inverse, own, count, out)
         ctx.over_processes, ctx.shape = over_processes, x.shape
@@ -174,7 +180,7 @@ class StemStep(torch.autograd.Function):
     def backward(ctx, grad):
         rows, w, gamma, mean, inverse, own, count, out = ctx.saved_tensors
         sums, dx = own.new_zeros(4, len(w)), []
-        for part, g, y in zip(rows.split(8192), as_rows(grad).flatten(0, 1).split(8192), out.split(8192)):
+        for part, g, y in zip(*(t.split(ctx.size) for t in (rows, as_rows(grad).flatten(0, 1), out))):
             g = torch.ops.aten.threshold_backward(g, y, 0).to(rows.dtype)
             sums += part.T @ g
             if ctx.needs_input_grad[0]:
@@ -220,7 +226,7 @@ class TrainingStep(torch.autograd.Function):
         dtype = half_or_full(x, weight)
         sign = torch.where(gamma < 0, -1.0, 1.0).to(weight)
         w, x = (weight * sign.view(-1, 1, 1, 1)).to(dtype), as_rows(x.to(dtype))
-        ctx.size = max(1, (1 << (20 if x.device.type == "cpu" else 26)) // (x.shape[1] * len(w)))  # examples of a group
+        ctx.size = at_once(x, x.shape[1] * len(w))  # examples of a group
         kept, pivot, sums = [], None, x.new_zeros(2, len(w), dtype=torch.float64)
         top = x.new_empty(len(x), x.shape[1] // (3 if pool else 1), len(w))  # (B, T', C')
         for rows, highest in zip(x.split(ctx.size), top.split(ctx.size)):
