@@ -211,9 +211,8 @@ DRIFT = 0.035               # s off its own time at most that a segment may run 
 TAPS, SHORT_TAPS = 32, 12   # of the interpolator: how near to half the sample rate it can read; while searching
 BAND_UP, BAND_DOWN = 0.91, 0.97     # of half the sample rate is kept; images of what is below 0.91 are 50 dB down
 GROUP = 32                  # outputs that the interpolator computes in one matrix product
-ATTACK_BITS = 4             # attacks are counted in blocks of 2^4 samples
-ATTACK_BLOCK = 1 << ATTACK_BITS
-FRACTION_BITS = 11          # the interpolator knows 2^11 places between two samples
+ATTACK_BLOCK = 16           # samples, the resolution of the attacks
+FRACTIONS = 2048            # places between two samples that the interpolator knows
 
 
 def pitch_shift(x: Tensor, semitones: Tensor, sample_rate: int) -> Tensor:
@@ -286,13 +285,13 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()     # settles ties
     continued, table = padded.unfold(1, fade + SHORT_TAPS - 1, 1), _kernel_table(SHORT_TAPS, device)
     template = padded.new_zeros(batch, fade + 2 * (phases - 1))
-    step = (ratio * (hop << FRACTION_BITS)).round().long()             # times are fixed-point: few and small calls
+    step = (ratio * (hop * FRACTIONS)).round().long()                  # times are fixed-point: few and small calls
     starts = [start]
     for s in range(1, segments):
         own = first + s * hop                                                                  # of the first lag
         # the template is what would come next, read between the samples: rounded, it would be heard as jitter
-        ahead = torch.add(step, start, alpha=1 << FRACTION_BITS)
-        whole, kernel = ahead >> FRACTION_BITS, table[ahead & (1 << FRACTION_BITS) - 1]        # (B,), (B, SHORT_TAPS)
+        ahead = torch.add(step, start, alpha=FRACTIONS)
+        whole, kernel = ahead // FRACTIONS, table[ahead % FRACTIONS]                           # (B,), (B, SHORT_TAPS)
         near = continued[row, whole - (SHORT_TAPS // 2 - 1)].unfold(1, fade, 1).contiguous()   # (B, SHORT_TAPS, fade)
         next_up = torch.bmm(kernel[:, None], near)[:, 0]                                       # (B, fade)
         norm = torch.linalg.vector_norm(next_up, dim=1, keepdim=True).clamp_min(1e-4)
@@ -304,12 +303,11 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
         match = torch.bmm(room, moved).flip(2)                                                 # (B, count, phases)
         # attacks between here and the candidate, both cross-faded stretches included, are lost or heard twice: up to
         # the later end of the two stretches, less those before the earlier beginning
-        here = onward[row, ahead >> FRACTION_BITS + ATTACK_BITS]                               # (B, 2)
+        here = onward[row, whole // ATTACK_BLOCK]                                              # (B, 2)
         cut = torch.maximum(candidates[:, s - 1], here[:, :, None]).sum(1)                     # (B, count)
         lag = torch.addcmul(cut[:, :, None] + far, match, scale[:, s - 1], value=-1).flatten(1).argmin(1)
         hold = (cut[row, lag // phases] > 0.2) & ((whole - (own + search)).abs() < DRIFT * sample_rate)
-        nearest = ahead + (1 << FRACTION_BITS - 1) >> FRACTION_BITS
-        start = torch.where(hold, nearest, lag + own)                                          # hold: no splice here
+        start = torch.where(hold, (ahead + FRACTIONS // 2) // FRACTIONS, lag + own)            # hold: no splice here
         starts.append(start)
     return torch.stack(starts, 1)
 
@@ -348,13 +346,12 @@ def _read_segments(padded: Tensor, starts: Tensor, ratio: Tensor, length: int, h
 
 def _kernel(fraction: Tensor, taps: int) -> Tensor:
     """Weights (..., taps) that read a signal `fraction` after a sample: sinc under a Kaiser window."""
-    table = _kernel_table(taps, fraction.device)
-    return table[(fraction * (len(table) - 1)).round().long()]
+    return _kernel_table(taps, fraction.device)[(fraction * FRACTIONS).round().long()]
 
 
 @lru_cache(maxsize=8)
-def _kernel_table(taps: int, device: torch.device, fractions: int = 1 << FRACTION_BITS) -> Tensor:
-    t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(fractions + 1, dtype=torch.float64)[:, None] / fractions
+def _kernel_table(taps: int, device: torch.device) -> Tensor:
+    t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(FRACTIONS + 1, dtype=torch.float64)[:, None] / FRACTIONS
     weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
     return (weights / weights.sum(1, keepdim=True)).float().to(device)
 
@@ -567,12 +564,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _spectrograms(path: Path, sounds: dict[str, Tensor], sample_rate: int) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     size, rows = 1 << round(math.log2(sample_rate * 0.046)), math.ceil(len(sounds) / 3)      # windows of about 46 ms
-    figure, axes = plt.subplots(rows, 3, figsize=(15, 2.7 * rows), sharex=True, sharey=True, layout="constrained")
-    for axis, (name, sound) in zip(axes.flat, sounds.items()):
+    figure = Figure((15, 2.7 * rows), layout="constrained")
+    for axis, (name, sound) in zip(figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).flat, sounds.items()):
         window = torch.hann_window(size)
         bins = torch.stft(sound, size, size // 4, window=window, pad_mode="constant", return_complex=True)
         level = 20 * torch.log10(bins.abs() / size + 1e-6)

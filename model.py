@@ -146,7 +146,7 @@ def note_statistics(norm, mean, var, count):
 
 
 class StemStep(torch.autograd.Function):
-    """The stem's forward and backward pass in training, without writing down anything but its output.
+    """The stem's forward and backward pass in training, without writing down anything large but its output.
 
     Its windows r of 3 samples do not overlap, so the convolution is y = W r, and a channel's mean and variance over the batch
     follow from the mean and the 3 x 3 covariance of the windows: W E[r] and W Cov[r] W^T (taken in float64, and over all
@@ -156,7 +156,8 @@ class StemStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, norm, over_processes):
         rows = F.pad(x.reshape(-1, 3).to(gamma.dtype), (1, 0), value=1.0)  # (N, 4)
-        own = sum(part.T @ part for part in rows.double().split(1 << 20))  # (4, 4): count, sums, sums of products
+        double = rows.double()
+        own = double.T @ double  # (4, 4): count, sums, sums of products
         everybody = own.clone()
         if over_processes:
             dist.all_reduce(everybody)
@@ -179,26 +180,25 @@ class StemStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, w, gamma, mean, inverse, own, count, out = ctx.saved_tensors
-        sums, dx = own.new_zeros(4, len(w)), []
+        sums, dx, scale = own.new_zeros(4, len(w)), [], gamma * inverse
+        scaled, total = (w * scale[:, None]).to(rows), own[0, 1:]  # (C, 3); (3,), the sum of all r
         for part, g, y in zip(*(t.split(ctx.size) for t in (rows, as_rows(grad).flatten(0, 1), out))):
             g = torch.ops.aten.threshold_backward(g, y, 0).to(rows.dtype)
             sums += part.T @ g
             if ctx.needs_input_grad[0]:
-                dx.append(g @ (w * (gamma * inverse)[:, None]).to(g))
+                dx.append(g @ scaled)
         dbeta, products = sums[0], sums[1:].T  # (C,), (C, 3): sums of g and of g r^T
         dgamma = inverse * ((w * products).sum(1) - mean * dbeta)  # of g times the normalised y
         everybody = torch.stack([dbeta, dgamma])
         if ctx.over_processes:
             dist.all_reduce(everybody)
         of_g, of_gy = everybody / count  # dy = scale (g - of_g - (y - mean) inverse of_gy)
-        normal = inverse[:, None] * (w @ own[1:, 1:] - mean.outer(own[0, 1:]))  # sum of normalised y times r^T
-        scale = gamma * inverse
-        dw = scale[:, None] * (products - of_g.outer(own[0, 1:]) - of_gy[:, None] * normal)
+        normal = inverse[:, None] * (w @ own[1:, 1:] - mean.outer(total))  # sum of normalised y times r^T
+        dw = (scale[:, None] * (products - of_g.outer(total) - of_gy[:, None] * normal)).to(gamma)[:, None, None]  # (C, 1, 1, 3)
         if dx:
             y_part = scale * of_gy * inverse
             constant, linear = (y_part * mean - scale * of_g) @ w, -(w.T * y_part) @ w
             dx = (torch.cat(dx) + torch.addmm(constant, rows[:, 1:].to(linear), linear).to(rows)).view(ctx.shape)
-        dw = dw.to(gamma)[:, None, None]  # (C, 1, 1, 3)
         return dx if ctx.needs_input_grad[0] else None, channels_last(dw), torch.zeros_like(gamma), dgamma.to(gamma), dbeta.to(gamma), None, None
 
 

@@ -21,8 +21,8 @@ curves: the loss of the network (--width) over 30 steps of the same views: float
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
 
 whole: the script itself on real clips, reading, chain, step and log included, on the device it chooses, in
-turn: as it is, with crops alone (what the chain costs), in each precision, and as two processes (on one GPU no test of speed, but
-of its batch statistics and exchange). Rates are medians of the log's lines, without its first third; `busy` is nvidia-smi's.
+turn: as it is, with crops alone (what the chain costs), as two processes (on one GPU no test of speed, but of its batch statistics
+and exchange), and in the other precisions. Rates are medians of the log's lines, without its first third; `busy` is nvidia-smi's.
 """
 import argparse
 import json
@@ -110,6 +110,11 @@ def in_a_process(*job):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def launcher(size):
+    """How to start a script as so many processes."""
+    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"] if size > 1 else [])]
+
+
 def speed(args):
     rows, roofs = [], []
     for batch in args.batch_sizes:
@@ -152,11 +157,10 @@ def kills(args):
     rng, rows, details = random.Random(0), [], []
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for size in (1, 2):
-            launch = [sys.executable] if size == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             flags = ["--data", args.data, "--width", "0.0625", "--batch-size", "8", "--max-steps", str(args.max_steps), "--save-every", "1",
                      "--log-every", "1", "--device", "cpu"]
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": ROOT, "start_new_session": True}
-            command = lambda out: [*launch, "pretrain.py", *flags, "--out", str(Path(folder) / out)]
+            command = lambda out: [*launcher(size), "pretrain.py", *flags, "--out", str(Path(folder) / out)]
             subprocess.run(command(f"whole{size}"), check=True, **quiet)
             out, moments, damaged = Path(folder) / f"killed{size}", [], 0
             checkpoint = out / "checkpoint.pt"
@@ -246,25 +250,28 @@ MTAT_SONGS = 18_706  # training clips, one pair of each an epoch
 def whole(args):
     import torch
 
-    gpu, folder, rows = torch.cuda.is_available(), tempfile.mkdtemp(dir=args.scratch), []
-    cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "--amp off": (1, ["--amp", "off"]),
-             **({"--amp bf16": (1, ["--amp", "bf16"]), "--amp fp16": (1, ["--amp", "fp16"])} if gpu else {}), "two processes": (2, [])}
+    import model
+    from pretrain import read_log
+
+    gpu, rows, chosen = torch.cuda.is_available(), [], model.choose_amp(model.choose_device())
+    cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "two processes": (2, []),
+             **{f"--amp {amp}": (1, ["--amp", amp]) for amp in ("off", *(["fp16"] if gpu else [])) if amp != chosen}}
     runs = {case: [] for case in cases}
-    for turn in range(args.rounds):
-        for case, (size, flags) in cases.items():
-            out = Path(folder) / f"{case.replace(' ', '-')}-{turn}"
-            command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if size == 2 else []), "pretrain.py",
-                       "--data", args.data, "--width", str(args.width), "--batch-size", str(args.batch_sizes[0]), "--max-steps", str(args.max_steps),
-                       "--log-every", str(args.log_every), "--save-every", str(args.max_steps), "--out", str(out), *flags]
-            process, busy = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), []
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+        for case, (size, flags) in [*cases.items()] * args.rounds:
+            out, errors, busy = Path(folder) / f"{case}-{len(runs[case])}", Path(folder) / "errors", []
+            command = [*launcher(size), "pretrain.py", "--data", args.data, "--width", str(args.width), "--batch-size", str(args.batch_sizes[0]),
+                       "--max-steps", str(args.max_steps), "--log-every", str(args.log_every), "--save-every", str(args.max_steps), "--out", str(out), *flags]
+            with open(errors, "w") as file:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
             while process.poll() is None:
                 time.sleep(0.5)
                 if gpu:
                     asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
                     busy.append(int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]))
             if process.returncode:
-                raise RuntimeError(f"{case}: {process.stderr.read().strip().splitlines()[-1]}")
-            head, *log = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+                raise RuntimeError(f"{case}: {errors.read_text().strip().splitlines()[-1]}")
+            head, *log = read_log(out)
             steps = [line for line in log if "pairs" in line]
             runs[case].append({"rates": [line["pairs_per_s"] for line in steps[len(steps) // 3 :]], "wait": statistics.median(line["wait"] for line in steps),
                                "loss": steps[-1]["loss"], "peak_gib": log[-1]["peak_gib"], "amp": head["config"]["amp"], "device": head["device"],

@@ -94,7 +94,16 @@ def tiny_single(run, tiny_audio, tmp_path_factory):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
+def handlers():
+    """The handlers of signals stay pytest's, though pretrain.py's main sets its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, handlers):
     import model
     import pretrain
     from pretend_gpu import CUDA, PretendGpu
@@ -113,13 +122,8 @@ def on_a_gpu(monkeypatch):
             pass
 
     def on_a_gpu(main, args):
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with PretendGpu() as gpu:
-                return main([str(arg) for arg in args]), gpu
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with PretendGpu() as gpu:
+            return main([str(arg) for arg in args]), gpu
 
     monkeypatch.setattr(model, "choose_device", lambda name="auto": CUDA)
     monkeypatch.setattr(model, "choose_amp", lambda device, amp="auto": "off")

@@ -5,7 +5,7 @@
     gpu.waits                               # [("item", "augment.py", 123), ...]: where the host waited for the GPU
 
 It finds operands on different devices, numpy of a GPU's tensor, and calls that make the host wait. What it cannot see: the
-backward pass (of which torch calls nothing through Python's dispatch), numerics, memory, speed.
+backward pass (the mode is off while `backward()`, a call like any other, is being handled), numerics, memory, speed.
 """
 import sys
 from pathlib import Path
@@ -19,6 +19,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WAITS = {"item", "tolist", "nonzero", "cpu", "unique", "masked_select", "__bool__", "__float__", "__int__", "__index__"}
 MAY_MIX = {"copy_", "__getitem__", "__setitem__", "set_", "__set__", "_has_compatible_shallow_copy_type"}
 PLAIN = {"__get__", "__len__", "size", "dim", "stride", "numel", "is_floating_point", "is_complex", "is_contiguous", "element_size"}
+
+
+def place_of(device):
+    """What a `device` argument means here; None: not said."""
+    return None if device is None else CUDA if torch.device(device).type == "cuda" else CPU
 
 
 class PretendGpu(TorchFunctionMode):
@@ -50,7 +55,7 @@ class PretendGpu(TorchFunctionMode):
             return function(*args, **kwargs)
         if name == "pin_memory":
             return args[0]
-        device = kwargs.pop("device", None)
+        device = place_of(kwargs.pop("device", None))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         there, places = {t.untyped_storage()._cdata for t in tensors}, {self.place(t) for t in tensors}
         if len({self.place(t) for t in tensors if t.dim() and t.numel()}) > 1 and name not in MAY_MIX | {"to"}:
@@ -61,9 +66,7 @@ class PretendGpu(TorchFunctionMode):
             others, dtype = [*args[1:], *kwargs.values()], args[0].dtype
             for other in others:
                 dtype = getattr(other, "dtype", other if isinstance(other, torch.dtype) else dtype)
-                device = self.place(other) if isinstance(other, torch.Tensor) else other if isinstance(other, (str, torch.device)) else device
-        device = None if device is None else CUDA if torch.device(device).type == "cuda" else CPU
-        if name == "to":
+                device = self.place(other) if isinstance(other, torch.Tensor) else place_of(other) if isinstance(other, (str, torch.device)) else device
             layout = [other for other in others if isinstance(other, torch.memory_format)] or [torch.preserve_format]
             args, kwargs = (args[0], dtype), {"copy": device not in (None, self.place(args[0])), "memory_format": layout[0]}
         self.note_wait(name, args, device, places)

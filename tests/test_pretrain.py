@@ -29,17 +29,13 @@ TOY = ["--width", "0.0625", "--batch-size", "4", "--amp", "off", "--device", "cp
 
 
 @pytest.fixture
-def command(capsys):
-    """command([...]) -> CompletedProcess of pretrain.py in this process; the handlers of signals stay pytest's."""
+def command(capsys, handlers):
+    """command([...]) -> CompletedProcess of pretrain.py in this process."""
     def command(args):
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = pretrain.main([str(arg) for arg in args])
         except SystemExit as stop:
             code = stop.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return subprocess.CompletedProcess(args, code, *capsys.readouterr())
     return command
 
