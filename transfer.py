@@ -44,16 +44,20 @@ def overlap(source, target):
 
 def mark(info, target, load):
     """What a cell says about its source -> {status, heard, trained, shared}; load(name): the prepared data of that name.
+    info: of the source's encoder file; {} of an untrained one.
 
     status: `` (no clip was heard), `same data`, `N test clips heard`, `N training clips heard`, `?` (unknown)."""
+    if not info:
+        return {"status": "", "heard": 0, "trained": 0, "shared": 0}
     if info.get("fingerprint") == target.fingerprint:
         return {"status": "same data", "heard": 0, "trained": int((target.split == 0).sum()), "shared": len(target)}
     try:
         source = load(info["data"])
+        known = source.fingerprint == info.get("fingerprint")  # or the folder of that name is another one now
     except (KeyError, TypeError, ValueError, OSError):
-        return dict.fromkeys(("heard", "trained", "shared"), None) | {"status": "?"}
-    if source.fingerprint != info.get("fingerprint"):  # the folder of that name is another one now
-        return dict.fromkeys(("heard", "trained", "shared"), None) | {"status": "?"}
+        known = False
+    if not known:
+        return {"status": "?", "heard": None, "trained": None, "shared": None}
     heard, trained, shared = overlap(source, target)
     status = f"{heard} test clips heard" if heard else f"{trained} training clips heard" if trained else ""
     return {"status": status, "heard": heard, "trained": trained, "shared": shared}
@@ -289,8 +293,7 @@ def run(args, options, sources, targets, evaluate, model, prepare):
                 print(f"{source} on {name}, hidden units of the probe: {options.hidden}", file=sys.stderr)
                 result = evaluate.run(options, clips, encoder, info, model)
                 row = result["results"][0]
-                checked = {"status": "", "heard": 0, "shared": 0} if encoder is None else mark(
-                    info, clips, lambda data: prepare.Clips(prepare.find(data)))
+                checked = mark(info, clips, lambda data: prepare.Clips(prepare.find(data)))
                 metrics = evaluate.METRICS[clips.task]
                 text = {m: evaluate.cell(row, m) for m in metrics}
                 cells.append({"source": source, "target": name, "mark": checked, "encoder": result["encoder"], **row,

@@ -65,6 +65,7 @@ def test_grid_has_every_cell_and_its_marks(grid, tiny_data, tiny_single):
     assert marks["A", names[0]] == "same data" and marks["B", names[0]] == "?" and marks["untrained", names[0]] == ""
     n = int((prepare.Clips(tiny_single).split == 0).sum())
     assert marks["A", names[1]] == f"{n} training clips heard"  # the same recordings and split, other labels
+    assert {frozenset(c["mark"]) for c in result["cells"]} == {frozenset(("status", "heard", "trained", "shared"))}
     shared = next(c["mark"]["shared"] for c in result["cells"] if (c["source"], c["target"]) == ("A", names[1]))
     assert shared == 24
     text = evaluate.table(result)
