@@ -13,7 +13,7 @@ Leaves `data/NAME/`, until it is complete as `data/NAME.partial/`; an interrupte
     audio.npy   int16, 1-D: every clip's samples back to back, mono (memory-mapped, never loaded whole)
     clips.npz   start, length (int64, samples), split (uint8: 0 train, 1 valid, 2 test), group (int64: the song), labels
                 (uint8, N x K), id (str), sha256 (uint8, N x 32: of the samples), and of the file rate, peak, clipped
-    meta.json   name, sample_rate, task (multilabel, singlelabel, none), tags in order, clips / songs / hours per split,
+    meta.json   format, name, sample_rate, task (multilabel, singlelabel, none), tags in order, clips / songs / hours per split,
                 skipped [{file, reason}], report, fingerprint, the command that made it
 
 A file becomes a clip as it is: decoded, averaged to mono, resampled (section 3.3 of the paper). Nothing is lost in
@@ -57,6 +57,7 @@ except ImportError:
 
 SAMPLE_RATE = 22050  # Hz, section 3.3; stands only here, then in the data's meta, then in the checkpoint
 SPLITS = ("train", "valid", "test")
+FORMAT = "clmr-data-1"  # of the prepared folder
 FULL_SCALE = 32768  # int16 sample = waveform x 32768
 AUDIO = set(".wav .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .m4a .aac .wma".split())
 HERE = Path(__file__).resolve().parent
@@ -96,7 +97,8 @@ def _read(path):
             behind, uncounted = (raw.read(), _uncounted_sync(path)) if file.format == "MP3" else (b"", b"")
     except (soundfile.SoundFileError, RuntimeError) as error:
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff") from None
+        raise ValueError(f"{path}: cannot be decoded: {reason}; libsndfile reads wav flac ogg opus mp3 aiff; "
+                         "`ffmpeg -i IN OUT.flac` converts others") from None
     if n == 0:
         raise ValueError(f"{path}: no samples in it")
     size = re.search(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log)  # wav, aiff; a piped wav promises 2 or 4 GiB
@@ -353,8 +355,10 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
     run is working on it, ValueError when too many files cannot be used, or none can, and OSError when the disk is too
     small or full, with the bytes needed and free.
     """
-    out, (i, n) = Path(out), shard or (1, 1)
-    digest = hashlib.sha256(json.dumps([sample_rate, segment, listing.task, listing.tags, listing.skipped]).encode())
+    name, out, (i, n) = Path(out).name, Path(out), shard or (1, 1)
+    out = out.resolve() if out.is_symlink() else out  # beside what the link points to: on the disk that was meant
+    how = f"{sample_rate} Hz, segments of {segment} s, recordings {_sample(listing)}"
+    digest = hashlib.sha256(json.dumps([how, listing.task, listing.tags, listing.skipped]).encode())
     for clip in listing:
         digest.update(json.dumps([clip.id, clip.split, clip.group, clip.tags, _size(clip)]).encode())
     plan = digest.hexdigest()
@@ -376,7 +380,7 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FileExistsError(f"{out}: another run is preparing it; wait, or give another --name") from None
-        done = _resume(folder, f"{sample_rate} Hz, segments of {segment} s", clips, shards if merge else ())
+        done = _resume(folder, how, clips, shards if merge else ())
         todo, free = clips[done:], shutil.disk_usage(folder).free
         # Nothing grows more than sixtyfold, so only where space may be short a few files are decoded to find out.
         if free < 60 * sum(map(_size, todo)) and free < (need := estimate(todo, sample_rate, timeout, load)[0]):
@@ -397,7 +401,7 @@ def write(listing, out, sample_rate=SAMPLE_RATE, segment=None, workers=None, max
                     raise OSError(f"{folder}: cannot be written: {error.strerror}; needs {need:.2f} GB more, "
                                   f"has {free:.2f}; what is done is kept, the same command continues") from None
                 bar.update()
-        head = {"name": out.name, "sample_rate": sample_rate, "plan": plan, "command": command}
+        head = {"format": FORMAT, "name": name, "sample_rate": sample_rate, "plan": plan, "command": command}
         return None if shard else _seal(folder, out, listing, max_skipped, head)
 
 
@@ -414,21 +418,36 @@ def _size(clip):
     return clip.file.stat().st_size if clip.file.exists() else 0
 
 
+def _sample(clips):
+    """A hash of some bytes of up to 16 files, so that a second folder of the same names and sizes is not taken for the first."""
+    digest = hashlib.sha256()
+    for file in (clip.file for clip in clips[:: max(1, len(clips) // 16)][:16] if clip.file.is_file()):
+        with contextlib.suppress(OSError), open(file, "rb") as raw:  # one that cannot be read is listed later, with its reason
+            raw.seek(file.stat().st_size // 2)
+            digest.update(raw.read(1 << 12))
+    return digest.hexdigest()[:16]
+
+
 def _resume(folder, how, clips, shards=()):
     """Cut the files back to what a run before has finished, samples and journal line; return how many clips that is."""
     audio, journal, fits = folder / "audio.npy", folder / "journal.jsonl", lambda path: path.exists() and path.read_text() == how
     if shards or not (fits(folder / "plan") and audio.exists() and journal.exists()):
+        need, free = 0, shutil.disk_usage(folder).free
+        for k, shard in enumerate(shards):  # all of them, before anything is written over
+            part = clips[len(clips) * k // len(shards) : len(clips) * (k + 1) // len(shards)]
+            own = [shard / name for name in ("audio.npy", "journal.jsonl")]
+            if not fits(shard / "plan") or _finished(shard, part) != (len(part), *(file.stat().st_size for file in own)):
+                raise ValueError(f"{shard}: expected a finished shard of the same files and flags; run it first")
+            need += sum(file.stat().st_size for file in own)
+        if free < need:
+            raise OSError(f"{folder}: {need / 1e9:.2f} GB are needed there, {free / 1e9:.2f} GB are free")
         with open(audio, "wb") as samples, open(journal, "wb") as lines:
             samples.write(bytes(128))  # room for the header, which needs the final length
-            for k, shard in enumerate(shards):
-                part = clips[len(clips) * k // len(shards) : len(clips) * (k + 1) // len(shards)]
-                own = [shard / name for name in ("audio.npy", "journal.jsonl")]
-                if not fits(shard / "plan") or _finished(shard, part) != (len(part), *(file.stat().st_size for file in own)):
-                    raise ValueError(f"{shard}: expected a finished shard of the same files and flags; run it first")
-                with open(own[0], "rb") as file:
+            for shard in shards:
+                with open(shard / "audio.npy", "rb") as file:
                     file.seek(128)
                     shutil.copyfileobj(file, samples, 1 << 24)
-                lines.write(own[1].read_bytes())
+                lines.write((shard / "journal.jsonl").read_bytes())
         (folder / "plan").write_text(how)
     done, size, keep = _finished(folder, clips)
     os.truncate(audio, size)
@@ -474,7 +493,8 @@ def _seal(folder, out, listing, max_skipped, head):
     if len(lost) > max_skipped * total:
         enough = math.ceil(1000 * len(lost) / total) / 1000
         raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
-                         f"(repair them, or type --max-skipped {enough:g}, for which nothing is decoded twice)")
+                         f"(repair them, or type --max-skipped {enough:g}, for which nothing is decoded twice; "
+                         f"to try again what timed out: rm -r {shlex.quote(str(folder))})")
     arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
     for key, width in (("labels", len(listing.tags)), ("sha256", 32)):
         arrays[key] = arrays[key].reshape(-1 if width else len(arrays["id"]), width)
@@ -515,10 +535,11 @@ def _pool(jobs, workers, timeout, load):
 
     def start():
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_worker, args=(theirs, load), daemon=True))
-        processes[-1].start()
+        process = context.Process(target=_worker, args=(theirs, load), daemon=True)
+        process.start()
         theirs.close()
-        return ours, processes[-1]
+        processes.append(process)
+        return ours, process
 
     def decode_one(job):
         pipe, process = worker = free.get() or start()
@@ -733,7 +754,7 @@ def build_parser():
                       help="folder: columns file, [split], [group], and tags (a; b), or label, or 0/1 per tag")
     data.add_argument("--split", choices=("all", "labelled"), help="mtat: which clips; by default all")
     data.add_argument("--subset", choices=("small", "medium", "large", "full"), help="fma: by default medium")
-    data.add_argument("--download", action="store_true", help="fetch what is missing into --root (mtat, gtzan, fma)")
+    data.add_argument("--download", action="store_true", help="fetch the published archives into --root, once (mtat, gtzan, fma)")
     data.add_argument("--name", help="of the folder under data/; by default that of the data set, or of --root")
     data.add_argument("--out", type=Path, help="the prepared folder, instead of data/NAME")
     data.add_argument("--segment", type=float, metavar="SECONDS", help="cut longer files into clips of the same song")
@@ -802,10 +823,11 @@ def main(argv=None):
         listing = DATASETS[args.data](args.root, **options)
         if args.dry_run:
             size, seconds = estimate(listing, args.sample_rate, args.timeout)
+            disk = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
             clips = ", ".join(f"{sum(clip.split == split for clip in listing):,} {split}" for split in SPLITS)
             print(f"{args.data}: {len(listing):,} files ({clips}); {len(listing.skipped):,} skipped before decoding\n"
                   f"{out}: about {size / 2 / args.sample_rate / 3600:.1f} h, {size / 1e9:.2f} GB "
-                  f"({shutil.disk_usage('.').free / 1e9:.2f} GB free)\n"
+                  f"({shutil.disk_usage(disk).free / 1e9:.2f} GB free)\n"
                   f"about {seconds / 60:.1f} min of one core, {seconds / 60 / args.workers:.1f} min of {args.workers}")
             return 0
         base = shlex.join(["python", "prepare.py", *argv])  # the same whether in one piece, in shards or joined

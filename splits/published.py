@@ -17,6 +17,7 @@ import http.client
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -24,6 +25,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +141,16 @@ def read_billboard(root):
     def letters(text):
         return re.sub(r"[\W_]", "", text.lower())
 
-    def key(path):
-        number = path.parts[0].split(".")[0]
-        return int(number) if number.isdigit() else letters(path.stem)
+    rows = read_table(Path(root, "billboard-2.0-index.csv"))[0]
+    songs = {key for row in rows for key in (int(row["id"]), letters(row["artist"] + row["title"]))}
+
+    def key(path):  # of what is not in the index its path: other albums may well hold two tracks of one name
+        number = re.match(r"\d{4}(?=\.|$)", path.parts[0])
+        found = int(number[0]) if number else letters(path.stem)
+        return found if found in songs else path.as_posix()
 
     files, clips = audio_files(root, key), {}
-    for row in read_table(Path(root, "billboard-2.0-index.csv"))[0]:
+    for row in rows:
         name = letters(row["artist"] + row["title"])
         found = next((key for key in (int(row["id"]), name) if key in files), None)
         if name and found is not None and name not in clips:  # a song may have been in the charts of several weeks
@@ -209,7 +215,7 @@ def fetch(data, root, subset="medium", pause=2.0):
                 for piece in archives:
                     with open(piece, "rb") as source:
                         shutil.copyfileobj(source, file, 1 << 24)
-            unpack(whole, root)
+            unpack(whole, root, archives)
             whole.unlink()
         elif not re.fullmatch(r"\.00\d", archive.suffix):
             unpack(archive, root)
@@ -219,9 +225,9 @@ def fetch(data, root, subset="medium", pause=2.0):
         archive.unlink()
 
 
-def unpack(archive, root):
-    """Unpack a zip or tar beside its destination, then move what came out into `root`, file by file: what else lies in a
-    folder of the same name stays."""
+def unpack(archive, root, pieces=()):
+    """Unpack a zip or tar, which was joined from pieces or not, beside its destination, then move what came out into `root`,
+    file by file: what else lies in a folder of the same name stays."""
     half = Path(root) / f"{Path(archive).name}.unpacking"
     shutil.rmtree(half, ignore_errors=True)
     print(f"unpacking {Path(archive).name}", file=sys.stderr)
@@ -232,8 +238,9 @@ def unpack(archive, root):
         else:
             with tarfile.open(archive) as file:
                 file.extractall(half, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise OSError(f"{archive}: cannot be unpacked ({error}); remove it and type the same command again") from None
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        remove = shlex.join(map(str, pieces or [archive]))
+        raise OSError(f"{archive}: cannot be unpacked ({error}); rm {remove} and type the same command again") from None
     for path in [path for path in half.rglob("*") if not path.is_dir()]:
         target = Path(root) / path.relative_to(half)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """prepare.py and splits/published.py as a user runs them: every reader, every kind of bad input, interruptions, downloads."""
 
+import contextlib
 import csv
 import doctest
 import fcntl
@@ -544,6 +545,11 @@ def test_billboard(tmp_path):
     listing = prepare.DATASETS["billboard"](tmp_path)
     assert [clip.id for clip in listing] == ["0003", "0004", "0009"] and {clip.split for clip in listing} == {"train"} and listing.task == "none"
     assert sorted(Path(s["file"]).name for s in listing.skipped) == ["0007.mp3", "other.wav"]
+    for name in ("an album/01 Intro.mp3", "another/01 Intro.mp3", "1999/a.mp3", "1999/b.mp3", "3/a.mp3", "3/b.mp3"):  # not the index's business
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    again = prepare.DATASETS["billboard"](tmp_path)
+    assert [clip.id for clip in again] == [clip.id for clip in listing] and len(again.skipped) == 8
 
 
 # --------------------------------------------------------------------------------------------------------- robustness
@@ -634,6 +640,21 @@ def test_disk_full(tmp_path, run, monkeypatch):
         quietly(prepare.read_folder(folder), tmp_path / "second" / "out")
 
 
+@contextlib.contextmanager
+def interrupted(monkeypatch, files=2):
+    """Ctrl-C after so many files."""
+    class Bar(prepare.tqdm):
+        done = 0
+
+        def update(self, n=1):
+            Bar.done += 1
+            if Bar.done == files:
+                raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "tqdm", Bar)
+        yield
+
+
 def poisonous(path, rate):
     if path.endswith("b.wav"):
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -695,11 +716,53 @@ def test_what_stands_in_the_way_is_said_before_the_work(tmp_path):
     assert not started and (tmp_path / "out" / "notes.txt").read_text() == "mine" and not (tmp_path / "out.partial").exists()
 
 
-def test_other_recordings_of_the_same_names_are_not_the_same_data(tmp_path):
+def test_other_recordings_of_the_same_names_are_not_the_same_data(tmp_path, monkeypatch):
     quietly(prepare.read_folder(songs(tmp_path / "one", 3)), tmp_path / "out")
     other = prepare.read_folder(songs(tmp_path / "two", 3, 0.7))
     with pytest.raises(FileExistsError, match="made from other files"):
         quietly(other, tmp_path / "out")
+    for name, hz in (("clean", 300), ("noisy", 500)):  # not even their sizes differ
+        for i in range(4):
+            (tmp_path / name).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / name / f"{i}.wav", tone(0.5, hz=hz + i), 22050)
+    with interrupted(monkeypatch):
+        quietly(prepare.read_folder(tmp_path / "clean"), tmp_path / "second")
+    assert (tmp_path / "second.partial" / "audio.npy").stat().st_size > 128
+    quietly(prepare.read_folder(tmp_path / "noisy"), tmp_path / "second")
+    clips = prepare.Clips(tmp_path / "second")
+    for i in range(4):
+        assert np.allclose(clips.waveform(i), prepare.decode(tmp_path / "noisy" / clips.id[i]), atol=1e-4)
+    with pytest.raises(FileExistsError, match="made from other files"):
+        quietly(prepare.read_folder(tmp_path / "clean"), tmp_path / "second")
+
+
+def test_an_output_that_is_a_link_is_written_where_it_points(tmp_path):
+    (tmp_path / "big disk" / "songs").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "big disk" / "songs", tmp_path / "data" / "mine")
+    os.symlink(tmp_path / "big disk" / "later", tmp_path / "data" / "dangling")
+    listing = prepare.read_folder(songs(tmp_path / "in", 3))
+    for name in ("mine", "dangling"):
+        meta = quietly(listing, tmp_path / "data" / name)
+        assert meta["name"] == name and meta["format"] == prepare.FORMAT and prepare.check(tmp_path / "data" / name) == []
+    assert sorted(os.listdir(tmp_path / "big disk")) == ["later", "songs"] and len(os.listdir(tmp_path / "data")) == 2
+
+
+def test_joining_shards_too_early_costs_nothing(tmp_path, monkeypatch):
+    listing = prepare.read_folder(songs(tmp_path / "in", 6))
+    with interrupted(monkeypatch):
+        quietly(listing, tmp_path / "out")
+    before = contents(tmp_path / "out.partial")
+    quietly(listing, tmp_path / "out", shard=(1, 2))
+    with pytest.raises(ValueError, match="shard-2-of-2.*expected a finished shard"):
+        quietly(listing, tmp_path / "out", merge=2)
+    assert contents(tmp_path / "out.partial") == before
+    quietly(listing, tmp_path / "out", shard=(2, 2))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="0.00 GB are needed there"):
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+        quietly(listing, tmp_path / "out", merge=2)
+    assert contents(tmp_path / "out.partial") == before
+    assert quietly(listing, tmp_path / "out", merge=2)["clips"]["train"] == 6 and prepare.check(tmp_path / "out") == []
 
 
 def test_a_kill_as_the_folder_moves_into_place_costs_nothing(tmp_path, monkeypatch):
@@ -900,3 +963,15 @@ def test_unpacking_leaves_what_else_is_there(tmp_path):
     published.unpack(tmp_path / "g.zip", tmp_path)
     assert (tmp_path / "genres" / "notes.csv").read_text() == "mine" and (tmp_path / "genres" / "blues" / "a.wav").read_text() == "whole"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.zip", "genres"]
+
+
+def test_a_broken_archive_names_the_files_to_remove(tmp_path):
+    with zipfile.ZipFile(tmp_path / "g.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.csv", "1,2,3\n" * 1000)
+    data = bytearray((tmp_path / "g.zip").read_bytes())
+    data[36:44] = b"\xff" * 8  # inside the compressed member: zlib's own error
+    (tmp_path / "g.zip").write_bytes(data)
+    with pytest.raises(OSError, match="g.zip: cannot be unpacked .*; rm .*g.zip and"):
+        published.unpack(tmp_path / "g.zip", tmp_path)
+    with pytest.raises(OSError, match="rm one.001 'two 2.002' and type the same command again"):
+        published.unpack(tmp_path / "g.zip", tmp_path, ["one.001", "two 2.002"])
