@@ -201,9 +201,12 @@ class Pairs:
         self.bounds, self.songs = self.edges[np.append(first, len(self.clip))], len(first)
         if batch_size < 2:
             raise ValueError(f"--batch-size {batch_size}: the negatives are the other pairs of the batch, so at least 2 are needed")
+        if self.songs < 2:
+            raise ValueError(f"expected at least 2 songs with at least {n} samples, found {self.songs}: the negatives of a song are "
+                             "others; add music (clips that prepare.py --segment cuts from one file are one song)")
         if self.songs < batch_size:
             raise ValueError(f"--batch-size {batch_size} is larger than the {self.songs} songs with at least {n} samples, and no batch may "
-                             f"hold a song twice; type --batch-size {max(2, self.songs)} or less, or add music")
+                             f"hold a song twice; type --batch-size {self.songs} or less, or add music")
         self.steps_per_epoch, self.dropped = divmod(self.songs, batch_size)
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,7 +264,8 @@ def save_checkpoint(path, content: dict):
     """Write `content` (tensors, numbers, strings, lists, dicts) so that a good checkpoint exists at every moment.
 
     The new file is written under a temporary name and flushed to the disk; then the old one becomes checkpoint.previous.pt
-    and the new one takes its place. A failed write raises OSError and leaves both as they were."""
+    and the new one takes its place (in between, the previous one is the good one). A failed write raises OSError and leaves
+    both as they were."""
     path, buffer = Path(path), io.BytesIO()
     temporary, previous = path.with_suffix(".partial"), path.with_suffix(".previous.pt")
     torch.save({"format": CHECKPOINT, **content}, buffer)
@@ -271,8 +275,7 @@ def save_checkpoint(path, content: dict):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            previous.unlink(missing_ok=True)
-            os.link(path, previous)  # a second name, so that the first never goes missing
+            os.replace(path, previous)  # not a link: some network and memory-card file systems have none
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -615,6 +618,8 @@ def main(argv=None):
             folder, device = prepare.find(args.data), model.choose_device(args.device)
             amp = model.choose_amp(device, args.amp)
             augment.Chain(prepare.SAMPLE_RATE, args.transforms, args.probability)  # are the names and numbers right?
+            if args.encoder not in model.ENCODERS:
+                raise ValueError(f"--encoder {args.encoder}: there are {', '.join(model.ENCODERS)}")
         except (ValueError, OSError) as error:
             parser.error(str(error))
         model.tune_allocator()
@@ -622,6 +627,9 @@ def main(argv=None):
             enough = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) <= torch.cuda.device_count()
             dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")  # several processes on one GPU: gloo there too
         return train(args, prepare.Clips(folder, "train"), prepare.Clips(folder, "valid"), augment.Chain, model, device, amp)
+    except KeyboardInterrupt:  # while it loads; later a signal ends the step, and saves
+        print("pretrain.py: interrupted before the first step; the same command begins again", file=sys.stderr)
+        return 1
     except (ValueError, OSError, FloatingPointError) as error:
         if world()[0] == 0 or isinstance(error, OSError):
             print(f"pretrain.py: error: {error}", file=sys.stderr)

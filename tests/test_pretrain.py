@@ -233,6 +233,8 @@ def test_pairs_are_a_function_of_seed_and_step_and_lie_inside_their_song():
     for step in range(20):
         clip, _ = make(positives="clip").draw(step)
         assert (clip[:, 0] == clip[:, 1]).all()
+    with pytest.raises(ValueError, match="at least 2 songs with at least 10 samples, found 1"):
+        pretrain.Pairs([50, 50], [3, 3], 10, 7, 0)
 
 
 def test_every_start_of_a_song_is_equally_likely():
@@ -401,6 +403,26 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, run, flags, uninterrup
     assert same(out, uninterrupted)
 
 
+def test_between_the_two_renames_the_previous_checkpoint_is_the_good_one(tmp_path, monkeypatch, capsys):
+    path, replace = tmp_path / "checkpoint.pt", os.replace
+    pretrain.save_checkpoint(path, {"step": 1})
+
+    def killed(source, target):
+        if Path(target) == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("there are no links on this file system")))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.save_checkpoint(path, {"step": 2})
+    assert not path.exists() and pretrain.load_checkpoint(path)["step"] == 1
+    monkeypatch.setattr(os, "replace", replace)
+    for step in (3, 4):
+        pretrain.save_checkpoint(path, {"step": step})
+    assert pretrain.load_checkpoint(path)["step"] == 4 and not capsys.readouterr().err
+    assert torch.load(path.with_suffix(".previous.pt"), weights_only=True)["step"] == 3
+
+
 def test_a_finished_run_says_so_and_another_configuration_is_refused(tmp_path, command, flags, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
@@ -459,6 +481,7 @@ def test_it_learns(tmp_path, run, command, tiny_data):
     (["--data", "never-prepared"], 2, "never-prepared"),
     (["--data", "TINY", "--batch-size", "13"], 1, "--batch-size 12"),
     (["--data", "TINY", "--batch-size", "1"], 1, "at least 2"),
+    (["--data", "TINY", "--encoder", "resnet"], 2, "samplecnn-large"),
     (["--data", "TINY", "--transforms", "echo"], 2, "echo"),
     (["--data", "TINY", "--probability", "filter"], 2, "filter=0.8"),
     (["--data", "TINY", "--probability", "filter=1.5"], 2, "1.5"),
