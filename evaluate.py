@@ -137,10 +137,12 @@ def validation(logits, labels, clip, task, clip_score="sigmoid"):
 
 
 def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=5, epochs=1000,
-          autocast=contextlib.nullcontext):
+          autocast=contextlib.nullcontext, half=False):
     """Adam until `patience` epochs in a row have not bettered `validate()`; the module keeps its best state. batches():
-    the (x, y) of an epoch; validate(): as `validation`. Returns {epochs, best_epoch, valid, valid_loss}."""
+    the (x, y) of an epoch; validate(): as `validation`; half: autocast is to float16, so gradients are scaled. Returns
+    {epochs, best_epoch, valid, valid_loss}."""
     optimiser = torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(enabled=half)
     best, kept, best_epoch, epoch = (-math.inf,), None, 0, 0
     while epoch < epochs and epoch - best_epoch < patience:
         epoch += 1
@@ -149,8 +151,9 @@ def train(module, batches, validate, task, lr=3e-4, weight_decay=1e-6, patience=
             with autocast():
                 logits = module(x)
             optimiser.zero_grad()
-            LOSS[task](logits.float(), y).backward()
-            optimiser.step()
+            scaler.scale(LOSS[task](logits.float(), y)).backward()
+            scaler.step(optimiser)
+            scaler.update()
         module.eval()
         value = validate()
         if value > best:
@@ -219,10 +222,10 @@ def fit_lbfgs(x, y, valid_x, valid_y, valid_clip, task="multilabel", strengths=(
     return max(fits, key=lambda fit: fit[0])[1:]
 
 
-def load_probe(path):
+def load_probe(path, read=partial(torch.load, map_location="cpu", weights_only=True)):
     """A probe of the authors (0.weight or model.0.weight, ...; flat or in state_dict) as a `fit` without training. Its
-    outputs must be the data's tags in the same order."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    outputs must be the data's tags in the same order. read(path) -> dict: `model.read_checkpoint` reads Lightning's."""
+    state = read(path)
     state = {key.split("model.")[-1]: value for key, value in state.get("state_dict", state).items()}
     sizes = [state[key].shape for key in ("0.weight", "2.weight") if key in state]
     layers = [layer for fan_out, fan_in in sizes for layer in (nn.Linear(fan_in, fan_out), nn.ReLU())]
@@ -463,6 +466,22 @@ def pooled(kind, sizes, pool):
     return {**sizes, "pool": pool} if pool else sizes
 
 
+def trained_on(info, load, name=None):
+    """The prepared data to evaluate on: of that name, or what the encoder with this info was trained on, in its folder or
+    under its name, where a folder with the fingerprint it was trained on goes first. load(name) -> clips, or
+    FileNotFoundError."""
+    names = [name] if name else [n for n in dict.fromkeys([info.get("data_folder"), info.get("data")]) if n] or ["NAME"]
+    found = []
+    for n in names:
+        try:
+            found.append(load(n))
+        except FileNotFoundError as error:
+            missing = error
+    if not found:
+        raise missing
+    return next((clips for clips in found if clips.fingerprint == info.get("fingerprint")), found[0])
+
+
 def require_fit(info, clips):
     """ValueError where an encoder, by its info, cannot be evaluated on the clips."""
     if clips.task == "none":
@@ -509,7 +528,7 @@ def run(args, clips, encoder, info, model):
     head, fit = f"hidden {args.hidden}" if args.hidden else "linear", partial(
         fit_probe, hidden=args.hidden, min_steps=args.min_steps or 500, batch_size=args.batch_size or 256, **both)
     if args.head or args.probe == "lbfgs":
-        head, fit = (args.head.name, load_probe(args.head)) if args.head else ("lbfgs", fit_lbfgs)
+        head, fit = (args.head.name, load_probe(args.head, model.read_checkpoint)) if args.head else ("lbfgs", fit_lbfgs)
     if encoder:
         kept[f"{info.get('method')}, {info.get('step') or 0:,d} steps"] = features(base)
     if args.random:
@@ -527,7 +546,7 @@ def run(args, clips, encoder, info, model):
             jobs.append((label, "end to end", network_on(
                 lambda seed, begin=begin: build(seed, begin).to(device), clips, rows, args.fraction_mode,
                 args.batch_size or 48, args.min_steps or 100, lambda: model.autocast(device, args.amp), args.clip_score,
-                **both)))
+                half=model.choose_amp(device, args.amp) == "fp16", **both)))
     how = args.fraction, range(args.seed, args.seed + args.seeds), args.fraction_mode, args.clip_score, args.bootstrap
     results = [{"model": label, "probe": probe, **result} for label, probe, trained in jobs
                for result in evaluate(trained, clips, size, *how)]
@@ -624,11 +643,12 @@ def take_home(args, prepare, model):
     sha256 = model.weights_sha256(net)
     for target, file in jobs.items():
         try:
-            source = json.dumps([sha256, args.hop, str(file.resolve()), file.stat().st_size])  # what the rows depend on
+            source = [sha256, args.hop, str(file.resolve()), file.stat().st_size]  # what the rows depend on
+            source = json.dumps(source + [args.pool] * bool(args.pool))
             if target.exists() and not args.overwrite:
                 with np.load(target) as old:
                     if "source" not in old or str(old["source"]) != source:
-                        raise ValueError(f"{target} is of another recording, encoder or --hop; type --overwrite, or "
+                        raise ValueError(f"{target} is of another recording, encoder, --hop or --pool; type --overwrite, or "
                                          "another --out")
                 before += 1
                 continue
@@ -708,6 +728,7 @@ def main(argv=None):
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
             (args.head and given & {"hidden", "probe"}, "--head is a probe already: leave out --hidden and --probe"),
+            (args.encoder not in model.ENCODERS, f"--encoder: there are {', '.join(model.ENCODERS)}"),
             (args.ckpt and given & {"encoder", "width"}, "--ckpt says what encoder it is: leave out --encoder, --width"),
             (args.hop is not None and not 0 < args.hop < math.inf, "--hop is in seconds, above 0"),
             ("hop" in given and not (args.embed or args.tag), "--hop goes with --embed and --tag"),
@@ -731,7 +752,7 @@ def main(argv=None):
             return 0
         encoder, info = model.load_encoder(args.ckpt) if args.ckpt else (None, {})
         try:
-            clips = prepare.Clips(prepare.find(args.data or info.get("data") or "NAME"))
+            clips = trained_on(info, lambda name: prepare.Clips(prepare.find(name)), args.data)
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
         result = run(args, clips, encoder, info, model)
@@ -742,7 +763,11 @@ def main(argv=None):
         flags = [f"hidden{args.hidden}"] * (args.hidden > 0) + ["lbfgs"] * (args.probe == "lbfgs")
         flags += ["f" + "-".join(f"{f:g}" for f in args.fraction)] * (args.fraction != [1.0])
         flags += [name for name in ("supervised", "finetune") if getattr(args, name)]
+        flags += [f"{name}-{value.stem if isinstance(value, Path) else value}".replace("_", "-") for name, value in vars(args).items()
+                  if name in given & {"fraction_mode", "encoder", "width", "head", "pool", "lr", "weight_decay", "patience", "epochs",
+                                      "min_steps", "batch_size", "clip_score", "seed"}]
         out, folder = args.out or home / f"{'-'.join(['evaluate', clips.name, *flags])}.json", args.export or home
+        folder = folder / f"pool-{args.pool}" if args.pool and not args.export else folder  # another length of features
         model.write_atomically(out, to_json(result).encode())
         print(f"{table(result)}\n{out}")
         if encoder:

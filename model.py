@@ -15,6 +15,7 @@ Files:
   tagger.ts     the same with (B, K) probabilities, and m.tags
   encoder.pt2   torch.export program of one window: (B, 1, input_samples) -> (B, D)
   *.json        beside each export, and inside it: sample rate, input samples, dimensions, tags in order, task, versions, sha256
+                of the weights (an encoder's own, the same in .ts and .pt2); beside it also max_difference, found on reloading
 """
 import argparse
 import contextlib
@@ -64,6 +65,7 @@ def choose_device(name="auto") -> torch.device:
         raise ValueError("--device cuda: torch sees no GPU here; type --device cpu, or leave it at auto")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # it is on by default: float32 convolutions with errors of 1e-3
     return device
 
 
@@ -393,8 +395,11 @@ class CPC(nn.Module):
     @torch.jit.export
     def context(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.frames(x).transpose(1, 2)  # (B, n, 512)
-        c, _ = self.gru(z)  # (B, n, 256)
-        return z, c
+        if not torch.jit.is_scripting():
+            if z.is_cuda and torch.is_autocast_enabled("cuda"):  # there autocast runs a GRU in float16, whatever type it was given
+                with torch.autocast("cuda", enabled=False):
+                    return z, self.gru(z.float())[0]
+        return z, self.gru(z)[0]  # (B, n, 256)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.input_samples:
@@ -669,7 +674,7 @@ def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, ta
     head = None if head is None else copy.deepcopy(head).cpu().float().eval()
     eager = Exported(encoder, sample_rate, head, tags, task).eval()
     plain = Exported(fold_batch_norm(encoder), sample_rate, head, tags, task).eval()
-    sidecar = _sidecar(encoder, eager, sample_rate, encoder.out_dim if head is None else len(tags), tags, plain.task, info)
+    sidecar = _sidecar(encoder, encoder if head is None else eager, sample_rate, encoder.out_dim if head is None else len(tags), tags, plain.task, info)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # scripting is kept for the users who load it; encoder.pt2 is beside it
         buffer = io.BytesIO()

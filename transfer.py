@@ -19,6 +19,7 @@ recall), confusion.png, tsne.png (test clips, Appendix C.4), filters.png (first 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -51,12 +52,12 @@ def mark(info, target, load):
         return {"status": "", "heard": 0, "trained": 0, "shared": 0}
     if info.get("fingerprint") == target.fingerprint:
         return {"status": "same data", "heard": 0, "trained": int((target.split == 0).sum()), "shared": len(target)}
-    try:
-        source = load(info["data"])
-        known = source.fingerprint == info.get("fingerprint")  # or the folder of that name is another one now
-    except (KeyError, TypeError, ValueError, OSError):
-        known = False
-    if not known:
+    for name in (info.get("data_folder"), info.get("data")):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OSError):
+            source = load(name)
+            if source.fingerprint == info.get("fingerprint"):  # else the folder of that name is another one now
+                break
+    else:
         return {"status": "?", "heard": None, "trained": None, "shared": None}
     heard, trained, shared = overlap(source, target)
     status = f"{heard} test clips heard" if heard else f"{trained} training clips heard" if trained else ""
@@ -244,7 +245,8 @@ def main(argv=None):
                 (not 0 < args.fraction <= 1, "--fraction is in (0, 1]"),
                 (min(args.hidden) < 0 or min(args.seeds, args.min_steps, args.bootstrap) < 1,
                  "--seeds, --min-steps and --bootstrap are at least 1, --hidden 0"),
-                (args.probe == "lbfgs" and any(args.hidden), "--probe lbfgs is a linear probe: leave out --hidden")):
+                (args.probe == "lbfgs" and any(args.hidden), "--probe lbfgs is a linear probe: leave out --hidden"),
+                (args.out.is_dir(), f"--out: {args.out} is a folder")):
             if wrong:
                 parser.error(what)
         for path in [Path(p) for p in sources.values()] + args.results:
@@ -282,8 +284,9 @@ def run(args, options, sources, targets, evaluate, model, prepare):
     for kind in kinds if args.random else ():
         rows.append(("untrained" if len(kinds) == 1 else f"untrained {kind[0]}, width {kind[1]:g}", None, {}, kind))
     for clips in targets.values():  # before hours of work
-        for _, _, info, _ in rows:
+        for _, encoder, info, kind in rows:
             evaluate.require_fit(info, clips)
+            evaluate.usable(clips, (encoder or model.build_encoder(kind[0], width=kind[1])).input_samples)
     cells, meta = [], {}
     for name, clips in targets.items():
         for source, encoder, info, kind in rows:

@@ -344,7 +344,7 @@ def test_cpu_and_gpu_agree():
     chain = Chain(RATE, probability={"noise": 1.0})
     x = music(24)
     draws = chain.draw(24, torch.Generator().manual_seed(8))
-    torch.backends.cuda.matmul.fp32_precision = "tf32"                  # as pretrain.py has it
+    torch.backends.cuda.matmul.fp32_precision = "tf32"                  # as a user may have it
     on_cpu, on_gpu = chain(x, draws), chain(x.cuda(), draws).cpu()
     assert (on_cpu - on_gpu).norm() < 1e-3 * on_cpu.norm()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,8 +309,31 @@ def test_a_second_evaluation_leaves_what_the_first_left(checkpoint, evaluated):
     tagger = (folder / "tagger.ts").read_bytes()
     assert evaluate.main(["--ckpt", str(checkpoint), "--probe", "lbfgs", "--fraction", "0.5", "--seeds", "2", "--bootstrap", "20"]) == 0
     assert (folder / "tagger.ts").read_bytes() == tagger and evaluated[2].read_bytes() == kept
-    second = json.loads((folder / f"evaluate-{evaluated[0]['data']['name']}-lbfgs-f0.5.json").read_text())
+    name = f"evaluate-{evaluated[0]['data']['name']}-lbfgs-f0.5"
+    second = json.loads((folder / f"{name}.json").read_text())
     assert second["results"][0]["std"]["pr_auc"] is not None  # of two halves
+    assert evaluate.main(["--ckpt", str(checkpoint), "--probe", "lbfgs", "--fraction", "0.5", "--clip-score", "logit", "--fraction-mode", "v1",
+                          "--seeds", "1", "--bootstrap", "20"]) == 0
+    assert json.loads((folder / f"{name}.json").read_text()) == second
+    assert json.loads((folder / f"{name}-fraction-mode-v1-clip-score-logit.json").read_text())["protocol"]["clip_score"] == "logit"
+
+
+def test_by_default_the_data_that_the_encoder_was_trained_on():
+    folders = {"/disk/a": SimpleNamespace(fingerprint="1"), "a": SimpleNamespace(fingerprint="2"), "b": SimpleNamespace(fingerprint="3")}
+
+    def load(name):
+        if name not in folders:
+            raise FileNotFoundError(f"{name}: not prepared")
+        return folders[name]
+    for info, name, want in (
+            ({"data": "a", "data_folder": "/disk/a", "fingerprint": "1"}, None, "/disk/a"),
+            ({"data": "a", "data_folder": "/gone/a", "fingerprint": "2"}, None, "a"),
+            ({"data": "b", "data_folder": "/disk/a", "fingerprint": "3"}, None, "b"),  # another set stands there now
+            ({"data": "a", "data_folder": "/disk/a", "fingerprint": "0"}, None, "/disk/a"),
+            ({"data": "a", "fingerprint": "2"}, "b", "b")):
+        assert evaluate.trained_on(info, load, name) is folders[want]
+    with pytest.raises(FileNotFoundError, match="gone: not prepared"):
+        evaluate.trained_on({"data": "gone"}, load)
 
 
 def test_the_optimum_has_no_deviation_over_seeds(checkpoint, tmp_path):
@@ -333,7 +357,7 @@ def test_probes_of_the_authors(prefix, wrap, hidden, problem, tmp_path):
         evaluate.load_probe(tmp_path / "none.pt")(*problem, "multilabel", seed=0)
 
 
-def test_a_trained_head_is_used_as_it_is(checkpoint, tiny_data, tmp_path):
+def test_a_trained_head_is_used_as_it_is(checkpoint, tiny_data, tmp_path, capsys):
     probe = nn.Sequential(nn.Linear(32, 4))
     torch.save(probe.state_dict(), tmp_path / "head.pt")
     assert evaluate.main(["--ckpt", str(checkpoint), "--head", str(tmp_path / "head.pt"), "--seeds", "1", "--bootstrap", "20",
@@ -344,6 +368,14 @@ def test_a_trained_head_is_used_as_it_is(checkpoint, tiny_data, tmp_path):
     test = clips.split == 2
     want = evaluate.score(evaluate.clip_scores(probe(h), clip, len(clips))[test], clips.labels[test])
     assert json.loads((tmp_path / "h.json").read_text())["results"][0]["mean"]["pr_auc"] == pytest.approx(want["pr_auc"], abs=2e-6)
+
+    torch.save({"state_dict": probe.state_dict(), "callbacks": {SimpleNamespace: SimpleNamespace(best=1)}}, tmp_path / "lightning.pt")
+    read = evaluate.load_probe(tmp_path / "lightning.pt", model.read_checkpoint)(h, torch.rand(len(h), 4), h, torch.eye(4)[clip % 4], clip, "multilabel")
+    assert torch.equal(read[0](h), probe(h))  # with classes of its own beside the weights
+    for content in (b"no probe", b""):
+        (tmp_path / "bad.pt").write_bytes(content)
+        assert evaluate.main(["--ckpt", str(checkpoint), "--head", str(tmp_path / "bad.pt"), "--out", str(tmp_path / "h.json")]) == 1
+        assert "cannot be read as a checkpoint" in capsys.readouterr().err
 
 
 def test_supervised_and_finetuned(run, checkpoint, tiny_data, tmp_path):
@@ -460,7 +492,7 @@ def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):
     assert "4 of 5 files embedded, 4 of them before\nfailed: " in (said := capsys.readouterr().out) and "broken.mp3" in said
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
     assert evaluate.main([*command[:-1], "2"]) == 1  # what is there is not what is asked for: neither kept nor replaced in silence
-    assert "0 of 5 files embedded" in (said := capsys.readouterr().out) and "of another recording, encoder or --hop" in said
+    assert "0 of 5 files embedded" in (said := capsys.readouterr().out) and "of another recording, encoder, --hop or --pool" in said
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
     (tmp_path / "e" / "short.wav.npz").write_bytes(b"PK cut off")
     assert evaluate.main(command) == 1 and "3 of 5 files embedded" in capsys.readouterr().out
@@ -472,6 +504,15 @@ def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):
     other = str(shutil.copytree(sounds, tmp_path / "b") / "stereo.wav")
     assert evaluate.main(["--ckpt", str(checkpoint), "--embed", wav, other, "--out", str(tmp_path / "c")]) == 1
     assert "would both become" in capsys.readouterr().err
+
+
+def test_another_pooling_does_not_pass_for_the_first(tiny_audio, tmp_path, capsys):
+    model.save_encoder(tmp_path / "cpc.pt", model.build_encoder("cpc", width=1 / 64), sample_rate=22050, method="cpc", step=1)
+    command = ["--ckpt", str(tmp_path / "cpc.pt"), "--embed", str(tiny_audio / "song 01.flac"), "--out", str(tmp_path)]
+    assert evaluate.main(command) == 0 and evaluate.main([*command, "--pool", "mean+last"]) == 1
+    assert "is of another recording, encoder, --hop or --pool" in capsys.readouterr().out
+    assert evaluate.main([*command, "--pool", "mean+last", "--overwrite"]) == 0
+    assert np.load(tmp_path / "song 01.flac.npz")["embedding"].shape[1] == 16
 
 
 def test_tag_a_file(run, checkpoint, evaluated, tiny_audio, tiny_data, tmp_path):
@@ -492,6 +533,7 @@ def test_tag_a_file(run, checkpoint, evaluated, tiny_audio, tiny_data, tmp_path)
     (["--random", "--data", "x", "--hidden", "8", "--probe", "lbfgs"], 2, "linear probe"),
     (["--random", "--data", "x", "--seeds", "0"], 2, "at least 1"),
     (["--random", "--data", "x", "--min-steps", "0"], 2, "at least 1"),
+    (["--random", "--data", "x", "--encoder", "resnet"], 2, "samplecnn-large"),
     (["--random", "--data", "x", "--overwrite"], 2, "--embed"),
     (["--ckpt", __file__, "--embed", __file__, "--hop", "0"], 2, "--hop"),
     (["--ckpt", __file__, "--embed", __file__, "--hop", "inf"], 2, "--hop"),

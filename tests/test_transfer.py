@@ -40,6 +40,8 @@ def test_marks():
     assert transfer.mark({"fingerprint": "source", "data": "gone"}, target, load)["status"] == "?"
     assert transfer.mark({"fingerprint": "older", "data": "s"}, target, load)["status"] == "?"  # prepared again since
     assert transfer.mark({"data": None}, target, load)["status"] == "?"
+    where = {"fingerprint": "source", "data": "gone", "data_folder": "s"}
+    assert transfer.mark(where, target, load)["status"] == "2 training clips heard"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,8 @@ def test_first_layer_filters_are_sorted_by_centre_frequency():
     ([], 2, "type --ckpt NAME=FILE"), (["--ckpt", "A=nowhere.pt", "--data", "x"], 2, "nowhere.pt: no such file"),
     (["--random", "--data", "never-prepared"], 2, "prepare.py"), (["--results", __file__], 2, "--plots"),
     (["--ckpt", f"A={__file__}", f"A={__file__}", "--data", "x"], 2, "one name"), (["--random", "--data", "x", "--fraction", "2"], 2, "(0, 1]"),
-    (["--random", "--data", "x", "--hidden", "4", "--probe", "lbfgs"], 2, "linear probe"), (["--results", __file__, "--plots", "p"], 1, "transfer.py: error")])
+    (["--random", "--data", "x", "--hidden", "4", "--probe", "lbfgs"], 2, "linear probe"), (["--random", "--data", "x", "--out", "."], 2, "folder"),
+    (["--results", __file__, "--plots", "p"], 1, "transfer.py: error")])
 def test_bad_commands_get_one_line(flags, code, says, capsys):
     try:
         got = transfer.main(flags)
@@ -141,3 +144,14 @@ def test_every_kind_of_encoder_has_its_own_control(tiny_data, tiny_single, tmp_p
     model.save_encoder(tmp_path / "other.pt", model.build_encoder("samplecnn", width=1 / 16), sample_rate=44100, method="clmr", step=1)
     assert transfer.main(["--ckpt", f"A={tmp_path / 'samplecnn.pt'}", f"C={tmp_path / 'other.pt'}", "--data", str(tiny_data), *FEW,
                           "--out", str(tmp_path / "never.json")]) == 1 and not (tmp_path / "never.json").exists()
+
+
+def test_data_that_cannot_be_tested_on_is_refused_before_the_first_cell(tiny_data, tmp_path, capsys, monkeypatch):
+    Clips, find = prepare.Clips, prepare.find
+    other = Clips(tiny_data)
+    other.name, other.split = "no test clips", np.zeros_like(other.split)
+    monkeypatch.setattr(prepare, "Clips", lambda folder: other if folder == "other" else Clips(folder))
+    monkeypatch.setattr(prepare, "find", lambda name: name if name == "other" else find(name))
+    monkeypatch.setattr(evaluate, "run", lambda *args: pytest.fail("the first cell was begun"))
+    assert transfer.main(["--random", "--data", str(tiny_data), "other", *FEW, "--out", str(tmp_path / "t.json")]) == 1
+    assert "no usable clip in valid" in capsys.readouterr().err
