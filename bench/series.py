@@ -22,6 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 SEVEN = ("polarity", "noise", "gain", "filter", "delay", "pitch", "reverb")  # Table 2
 
@@ -58,12 +60,18 @@ def batch(args):
 
 def curve(args):
     """One run, its encoder kept after each of --steps."""
+    def fits(path, steps):
+        info = torch.load(path, weights_only=True) if path.exists() else {}
+        return [info.get(key) for key in ("step", "data", "sizes")] == [steps, args.data, {"width": args.width}]
+
     found = {}
-    for steps in args.steps:
+    for steps in sorted(args.steps):
         kept = args.runs / "curve" / f"{steps}.pt"
-        if not kept.exists():
+        if not fits(kept, steps):
             encoder = pretrain(args, "run", batch(args), steps)
             if not args.dry_run:
+                if not fits(encoder, steps):
+                    sys.exit(f"{encoder} is further on than step {steps}, or of other data: give another folder with --runs")
                 shutil.copy(encoder, kept)
         found[f"{steps} steps"] = kept
     return found
@@ -158,7 +166,9 @@ def labels(args):
         jobs += [(f"supervised-{f}.json", [f], args.supervised, ["--supervised", "--lr", args.lr]) for f in args.supervised_fraction or args.fraction]
     for name, fractions, seeds, flags in jobs:
         there = json.loads((folder / name).read_text())["protocol"] if (folder / name).exists() else {}
-        if [there.get(key) for key in ("ckpt", "fraction", "seeds")] != [str(args.ckpt), list(map(float, fractions)), seeds]:
+        wanted = {"ckpt": str(args.ckpt), "data": args.data, "fraction": list(map(float, fractions)), "seeds": seeds, "amp": args.amp}
+        wanted |= {"lr": args.lr} if "--lr" in flags else {}
+        if any(there.get(key) != value for key, value in wanted.items()):
             call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--fraction", *fractions, "--seeds", seeds, "--amp", args.amp,
                  "--out", folder / name, "--export", folder)
         if not args.dry_run:
