@@ -1,4 +1,4 @@
-"""The augmentations of CLMR as one batched, exact and fast chain in plain torch (paper, section 3.1).
+"""The augmentations of CLMR as one batched, exact and fast chain in plain torch, 2.9 or later (paper, section 3.1).
 
     python augment.py song.wav --out listen/          # hear each transform alone and three full chains
 
@@ -107,7 +107,7 @@ def noise(x: Tensor, snr_db: Tensor, generator: torch.Generator | None = None, s
     scale = x[:, 0].square().mean(1, keepdim=True).sqrt() * 10 ** (-_on(x, snr_db).to(x.dtype)[:, None] / 20)
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device, 2):
-        torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]), out=y[rows, 0])
+        y[rows, 0] = torch.addcmul(x[rows, 0], scale[rows], _gaussian(seed[rows], x.shape[2]))
     return y
 
 

@@ -435,9 +435,12 @@ def cell(row, metric):
 
 def to_json(result):
     """A result as text: arrays as lists, NaN as null, floats to six digits, without what is not for a file."""
-    text = json.dumps(result, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
-    text = json.loads(text, parse_constant=lambda _: None, parse_float=lambda x: float(f"{float(x):.6g}"),
-                      object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in IN_MEMORY})
+    def kept(x):  # first: the features alone may be gigabytes
+        if isinstance(x, dict):
+            return {k: kept(v) for k, v in x.items() if k not in IN_MEMORY}
+        return [kept(v) for v in x] if isinstance(x, (list, tuple)) else x
+    text = json.dumps(kept(result), default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    text = json.loads(text, parse_constant=lambda _: None, parse_float=lambda x: float(f"{float(x):.6g}"))
     return json.dumps(text, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -623,6 +626,8 @@ def take_home(args, prepare, model):
         raise ValueError(f"{args.ckpt} knows no tags: expected a tagger.ts, which an evaluation leaves")
     if args.embed and net.tags:
         raise ValueError(f"{args.ckpt} gives tags, not embeddings: expected an encoder.pt or encoder.ts")
+    if args.plot and len({file.name for file in args.tag}) < len(args.tag):
+        raise ValueError("--plot: two of the files have one name, and so would their pictures: tag them one by one, each with an --out")
     for file in args.tag or ():
         try:
             rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
@@ -643,17 +648,19 @@ def take_home(args, prepare, model):
     sha256 = model.weights_sha256(net)
     for target, file in jobs.items():
         try:
-            source = [sha256, args.hop, str(file.resolve()), file.stat().st_size]  # what the rows depend on
+            source = [sha256, args.hop, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]  # what the rows depend on
             source = json.dumps(source + [args.pool] * bool(args.pool))
             if target.exists() and not args.overwrite:
-                with np.load(target) as old:
-                    if "source" not in old or str(old["source"]) != source:
-                        raise ValueError(f"{target} is of another recording, encoder, --hop or --pool; type --overwrite, or "
-                                         "another --out")
+                was = None
+                with contextlib.suppress(ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(target) as old:
+                    was = str(old["source"])
+                if was != source:
+                    raise ValueError(f"{target} is damaged, or of another recording, encoder, --hop or --pool; type --overwrite, "
+                                     "or another --out")
                 before += 1
                 continue
             rows, starts, short = frames(net, prepare.stream(file, net.sample_rate), args.hop)
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError) as error:
             failed.append(f"failed: {error}")
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -739,7 +746,8 @@ def main(argv=None):
         if wrong:
             parser.error(what)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names in any encoding
+        with contextlib.suppress(AttributeError):  # a notebook's stream
+            stream.reconfigure(errors="backslashreplace")  # file names in any encoding
     try:
         if args.embed or args.tag:
             return take_home(args, prepare, model)

@@ -111,7 +111,8 @@ class Block(nn.Sequential):
 
     def forward(self, x):
         on_cpu = x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu"))
-        if not self.training or not (on_cpu or self.recompute):
+        frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
+        if frozen or not (on_cpu or self.recompute):
             return super().forward(x)
         conv, norm = self[0], self[1]
         parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
@@ -305,7 +306,7 @@ class SampleCNN(nn.Module):
         channels: of the stem, the nine blocks and the top; the paper's by default.
         width: a factor on all of them (1.0 is the paper); 0.125 makes a network that trains in minutes on a CPU.
 
-    `forward(x (B, 1, 3**10)) -> (B, D)`. Autograd, AMP, TorchScript and torch.export are supported; statistics of the
+    `forward(x (B, 1, 3**10)) -> (B, D)`. Autograd, AMP, torch.export and, by `export_torchscript`, TorchScript are supported; statistics of the
     batch are taken in training mode, so only there a row depends on the others.
 
     The convolutions are written as 1 x 3 kernels over (B, C, 1, T) and kept channels-last: the same arithmetic, faster.
@@ -669,7 +670,12 @@ def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, ta
         encoder: as built or loaded here; batch norms are folded in a copy. head: optional module (B, D) -> (B, K) of logits.
         sample_rate: of the audio it expects, in Hz. tags: names of the K outputs, in order. task: multilabel or singlelabel.
     Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded), relative to the output's scale.
-    Raises: RuntimeError if that is above 1e-4, which means that the file must not be used."""
+    Raises: RuntimeError if that is above 1e-4, which means that the file must not be used; ValueError for a head without its
+    task, or with another number of outputs than tags."""
+    if head is not None:
+        width = head(torch.zeros(1, encoder.out_dim, device=next(head.parameters()).device)).shape[1]
+        if task not in ("multilabel", "singlelabel") or len(tags) != width:
+            raise ValueError(f"a head of {width} outputs needs as many tags, and the task multilabel or singlelabel; got {len(tags)} and {task!r}")
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     head = None if head is None else copy.deepcopy(head).cpu().float().eval()
     eager = Exported(encoder, sample_rate, head, tags, task).eval()

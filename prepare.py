@@ -59,7 +59,7 @@ SAMPLE_RATE = 22050  # Hz, section 3.3; stands only here, then in the data's met
 SPLITS = ("train", "valid", "test")
 FORMAT = "clmr-data-1"  # of the prepared folder
 FULL_SCALE = 32768  # int16 sample = waveform x 32768
-AUDIO = set(".wav .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .m4a .aac .wma".split())
+AUDIO = set(".wav .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .wave .m4a .m4b .aac .wma .wv .ape .mpc .tta".split())
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"length": np.int64, "split": np.uint8, "group": np.int64, "labels": np.uint8, "id": str, "sha256": np.uint8,
            "rate": np.int32, "peak": np.float32, "clipped": np.float32}  # of clips.npz, and start
@@ -265,7 +265,13 @@ def read_table(path, headers=1):
             file.seek(0)
             lines = csv.reader(file, delimiter=max(",;\t", key=first.count))
             columns = [".".join(parts).strip() for parts in zip(*(next(lines, []) for _ in range(headers)))]
-            return [{**dict.fromkeys(columns, ""), **dict(zip(columns, line))} for line in lines if any(line)], columns
+            rows = []
+            for line in filter(any, lines):
+                if any(line[len(columns) :]):
+                    raise ValueError(f"{path}, line {lines.line_num}: more fields than the {len(columns)} columns; put a field "
+                                     "that holds the separator in quotes")
+                rows.append({**dict.fromkeys(columns, ""), **dict(zip(columns, line))})
+            return rows, columns
     except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: expected a CSV in UTF-8: {error}") from None
 
@@ -275,7 +281,7 @@ def read_folder(root, labels=None):
 
     Args:
         root: the directory.
-        labels: a CSV with a column `file` (relative to root), optionally `split` (train, valid, test) and `group`
+        labels: a CSV with a column `file` (relative to root, or absolute), optionally `split` (train, valid, test) and `group`
             (clips of one song share it), and either `tags` ("a; b; c"), or `label`, or one column of 0/1 per tag.
             Beside `tags` or `label` further columns are ignored. Without `split`, labelled songs are dealt
             80 : 10 : 10 by a hash of their group, so that a song always lands in the same split.
@@ -290,10 +296,16 @@ def read_folder(root, labels=None):
                          f"found {', '.join(columns)}")
     names = [] if form else [column for column in columns if column not in ("", "file", "split", "group")]
     task = "singlelabel" if "label" in form else "multilabel" if form or names else "none"
+    starts = ["", "./", *(unicodedata.normalize("NFC", f"{path(root)}/") for path in (os.path.normpath, os.path.abspath, os.path.realpath))]
+
+    def own(text):
+        """The name among `files` of what stands in the table: relative to root or absolute, perhaps with Windows' separators."""
+        spellings = [text.removeprefix(start) for text in (text, text.replace("\\", "/")) for start in starts]
+        return next((name for name in spellings if name in files), spellings[1])
     clips = {}
     for line, row in enumerate(rows, 2):
         row = {column: value.strip() for column, value in row.items()}
-        name = unicodedata.normalize("NFC", row["file"].removeprefix("./"))
+        name = own(unicodedata.normalize("NFC", row["file"]))
         group = row.get("group") or name
         byte = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[0] if task != "none" else 0
         split = row.get("split", "train" if byte < 205 else "valid" if byte < 230 else "test")
@@ -809,7 +821,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _read_arguments(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names in any encoding
+        with contextlib.suppress(AttributeError):  # a notebook's stream
+            stream.reconfigure(errors="backslashreplace")  # file names in any encoding
     try:
         if args.check:
             faults = check(args.check, progress=True)

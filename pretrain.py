@@ -25,12 +25,16 @@ import io
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import resource  # POSIX only: the peak memory in the log
+except ImportError:
+    resource = None
 
 import numpy as np
 import torch
@@ -372,7 +376,7 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     n, training = encoder.input_samples, encoder.training
-    labelled = [np.flatnonzero((clips.length >= n) & (clips.labels.sum(1) > 0)) for clips in (train, valid)]
+    labelled = [np.flatnonzero((clips.length >= n) & ((clips.labels.sum(1) > 0) | (clips.task != "singlelabel"))) for clips in (train, valid)]
     if min(map(len, labelled)) < 2:
         return None
 
@@ -530,8 +534,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         return (audio.pin_memory() if gpu and not audio.is_cuda else audio), draws, negatives
 
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: caught.append(n))
+    handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
         for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
@@ -586,12 +589,15 @@ def train(args, clips, valid, Chain, model, device, amp):
             if stop:
                 break
         if log and last:
-            peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else math.nan
+            peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else own
             log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": round(peak, 2)})
         if size > 1:
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         prefetch.close()
+        for number, handler in handlers.items():  # main may have been called from a program that goes on
+            signal.signal(number, handler or signal.SIG_DFL)
     if not last:
         say(f"stopped after step {now} by {signal.Signals(stop).name}; the same command continues from there")
         return 128 + stop

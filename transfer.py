@@ -159,7 +159,8 @@ def filters(axes, weight, sample_rate, n=512):
 def fraction_curve(axes, results, metric, name):
     """Figures 4 and 5: the metric over the share of labels, a line per model with its interval."""
     for model in dict.fromkeys(f"{r['model']}, {r['probe']}" for r in results):
-        rows = sorted((r for r in results if f"{r['model']}, {r['probe']}" == model), key=lambda r: r["fraction"])
+        rows = sorted((r for r in results if f"{r['model']}, {r['probe']}" == model and r["mean"][metric] is not None),
+                      key=lambda r: r["fraction"])
         x, y = [100 * r["fraction"] for r in rows], [100 * r["mean"][metric] for r in rows]
         axes.plot(x, y, marker="o", label=model)
         axes.fill_between(x, *[[100 * r["interval"][metric][i] for r in rows] for i in (0, 1)], alpha=0.15)
@@ -179,7 +180,7 @@ def result_pictures(folder, result, metrics):
     if result["data"]["task"] == "singlelabel":
         counts = np.sum([run["confusion"] for run in last["runs"]], 0)
         picture(folder / "confusion.png", lambda axes: confusion(axes, counts, tags), (2 + 0.4 * len(tags),) * 2)
-    if len({r["fraction"] for r in rows}) > 1:
+    if len({r["fraction"] for r in rows if r["mean"][main_metric] is not None}) > 1:
         name = metrics[result["data"]["task"]][main_metric]
         picture(folder / "fractions.png", lambda axes: fraction_curve(axes, rows, main_metric, name), (7, 5))
 
@@ -195,7 +196,8 @@ def cell_pictures(folder, result, clips, windows, usable):
     scores, labels = result["results"][0]["_scores"], clips.labels[test].astype(int)
     first = next(p for p in encoder.parameters() if p.dim() > 2).detach().numpy()
     picture(folder / "curves.png", lambda axes: pr_curves(axes, scores, labels, clips.tags))
-    picture(folder / "tsne.png", lambda axes: tsne(axes, mean, labels, clips.tags))
+    if len(test) > 2:
+        picture(folder / "tsne.png", lambda axes: tsne(axes, mean, labels, clips.tags))
     picture(folder / "filters.png", lambda axes: filters(axes, first, clips.sample_rate))
 
 
@@ -252,8 +254,10 @@ def main(argv=None):
         for path in [Path(p) for p in sources.values()] + args.results:
             if not path.is_file():
                 parser.error(f"{path}: no such file")
-        for path in args.results:
-            result_pictures(args.plots / path.stem, json.loads(path.read_text()), evaluate.METRICS)
+        names = [path.stem for path in args.results]  # evaluate.py's names are the same in every run's folder
+        for path, name in zip(args.results, names):
+            name = name if names.count(name) == 1 else f"{path.resolve().parent.name}-{name}"
+            result_pictures(args.plots / name, json.loads(path.read_text()), evaluate.METRICS)
         if args.results:
             return 0
         try:

@@ -9,7 +9,6 @@
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -94,16 +93,7 @@ def tiny_single(run, tiny_audio, tmp_path_factory):
 
 
 @pytest.fixture
-def handlers():
-    """The handlers of signals stay pytest's, though pretrain.py's main sets its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def on_a_gpu(monkeypatch, handlers):
+def on_a_gpu(monkeypatch):
     import model
     import pretrain
     from pretend_gpu import CUDA, PretendGpu

@@ -80,6 +80,12 @@ def test_noise_has_its_level_and_is_white_and_gaussian(snr):
     assert (torch.corrcoef(z) - torch.eye(18)).abs().max() < 0.02
 
 
+def test_noise_lets_gradients_pass():
+    x = music(2).requires_grad_()
+    augment.noise(x, torch.tensor([80.0, 20.0]), seed=torch.tensor([1, 2])).sum().backward()
+    assert torch.allclose(x.grad, torch.ones_like(x), atol=0.1)
+
+
 def test_noise_follows_the_generator_and_nothing_else():
     x = music(3)
     torch.manual_seed(1)

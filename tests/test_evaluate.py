@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -402,6 +403,14 @@ def test_network_learns_what_can_be_heard(tiny_data):
     assert logits.shape == (len(rows["test"]), 4) and info["valid"] > 0.6
 
 
+def test_what_is_not_for_a_file_is_never_turned_into_text():
+    class Large:
+        def tolist(self):
+            pytest.fail("gigabytes of features became text")
+    result = {"_features": [Large()], "a": [{"_draws": Large(), "b": np.array([1 / 3, np.nan])}], "c": (np.float64(2), Path("d"))}
+    assert json.loads(evaluate.to_json(result)) == {"a": [{"b": [0.333333, None]}], "c": [2.0, "d"]}
+
+
 def test_table_and_readme(evaluated, run, tmp_path):
     result, done, out = evaluated
     shutil.copy(out, tmp_path / "x.json")
@@ -494,13 +503,17 @@ def test_embed_files(run, checkpoint, evaluated, tiny_audio, tmp_path, capsys):
     assert evaluate.main([*command[:-1], "2"]) == 1  # what is there is not what is asked for: neither kept nor replaced in silence
     assert "0 of 5 files embedded" in (said := capsys.readouterr().out) and "of another recording, encoder, --hop or --pool" in said
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns == before
-    (tmp_path / "e" / "short.wav.npz").write_bytes(b"PK cut off")
-    assert evaluate.main(command) == 1 and "3 of 5 files embedded" in capsys.readouterr().out
+    for damaged in (b"PK cut off", b""):
+        (tmp_path / "e" / "short.wav.npz").write_bytes(damaged)
+        assert evaluate.main(command) == 1 and "3 of 5 files embedded" in (said := capsys.readouterr().out)
+        assert "short.wav.npz is damaged, or of another recording" in said
     assert evaluate.main([*command, "--overwrite"]) == 1
     assert (tmp_path / "e" / "stereo.wav.npz").stat().st_mtime_ns != before
     wav = str(sounds / "stereo.wav")
     assert evaluate.main(["--ckpt", str(checkpoint.parent / "encoder.ts"), "--embed", wav, "--out", str(tmp_path / "ts"), "--hop", "1"]) == 0
     assert np.allclose(np.load(tmp_path / "ts" / "stereo.wav.npz")["embedding"], got["embedding"], rtol=1e-4, atol=1e-5)
+    soundfile.write(wav, rng.normal(0, 0.1, (44100 * 9, 2)), 44100)  # another recording of as many bytes
+    assert evaluate.main(command) == 1 and "stereo.wav.npz is damaged, or of another recording" in capsys.readouterr().out
     other = str(shutil.copytree(sounds, tmp_path / "b") / "stereo.wav")
     assert evaluate.main(["--ckpt", str(checkpoint), "--embed", wav, other, "--out", str(tmp_path / "c")]) == 1
     assert "would both become" in capsys.readouterr().err
@@ -510,7 +523,7 @@ def test_another_pooling_does_not_pass_for_the_first(tiny_audio, tmp_path, capsy
     model.save_encoder(tmp_path / "cpc.pt", model.build_encoder("cpc", width=1 / 64), sample_rate=22050, method="cpc", step=1)
     command = ["--ckpt", str(tmp_path / "cpc.pt"), "--embed", str(tiny_audio / "song 01.flac"), "--out", str(tmp_path)]
     assert evaluate.main(command) == 0 and evaluate.main([*command, "--pool", "mean+last"]) == 1
-    assert "is of another recording, encoder, --hop or --pool" in capsys.readouterr().out
+    assert "of another recording, encoder, --hop or --pool" in capsys.readouterr().out
     assert evaluate.main([*command, "--pool", "mean+last", "--overwrite"]) == 0
     assert np.load(tmp_path / "song 01.flac.npz")["embedding"].shape[1] == 16
 
@@ -540,6 +553,7 @@ def test_tag_a_file(run, checkpoint, evaluated, tiny_audio, tiny_data, tmp_path)
     (["--ckpt", __file__, "--data", "x", "--width", "0.5"], 2, "--width"),
     (["--ckpt", str(ROOT / "demo" / "encoder.pt"), "--embed", __file__, "--pool", "mean+last"], 1, "--pool"),
     (["--ckpt", str(ROOT / "demo" / "tagger.ts"), "--embed", __file__], 1, "not embeddings"),
+    (["--ckpt", str(ROOT / "demo" / "tagger.ts"), "--tag", __file__, __file__, "--plot"], 1, "one name"),
     (["--table", str(ROOT / "demo" / "tagger.ts.json")], 1, "expected a JSON"),
     (["--ckpt", __file__, "--data", "x"], 1, "cannot be read as a checkpoint"),
     (["--ckpt", __file__, "--embed", __file__], 1, "cannot be read as a checkpoint")])

@@ -168,6 +168,22 @@ def test_training_on_a_cpu_takes_any_layout_of_memory():
     assert block[1].bias.grad.any() and block[0].weight.grad.shape == block[0].weight.shape
 
 
+def test_a_batch_norm_that_is_frozen_stays_frozen():
+    """Fine-tuning with the batch norms in eval mode: their running statistics normalise, and do not move."""
+    torch.manual_seed(0)
+    encoder, audio = trained(model.SampleCNN(width=0.125)), torch.rand(3, 1, 59049) * 2 - 1
+    with torch.no_grad():
+        want = encoder.eval()(audio)
+    before = copy.deepcopy(encoder.state_dict())
+    encoder.train()
+    for block in encoder.blocks:
+        block[1].eval()
+    for recompute in (0, 3):
+        encoder.recompute(recompute)
+        assert torch.allclose(encoder(audio), want, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
 def test_recomputing_gives_the_same_gradients_and_statistics():
     torch.manual_seed(0)
     plain = model.SampleCNN(width=0.125).train()
@@ -254,6 +270,11 @@ def test_the_exports_work_without_this_project(tmp_path):
     model.export_torchscript(encoder, tmp_path / "encoder.ts", 22050)
     sidecar = model.export_torchscript(encoder, tmp_path / "tagger.ts", 22050, head, tags, "multilabel")
     model.export_program(encoder, tmp_path / "encoder.pt2", 22050)
+    own = [json.loads((tmp_path / f"encoder.{kind}.json").read_text())["sha256"] for kind in ("ts", "pt2")]
+    assert own == 2 * [model.weights_sha256(encoder)] != 2 * [sidecar["sha256"]]
+    for wrong in ((), (tags, "none"), (tags[:2], "multilabel")):
+        with pytest.raises(ValueError, match="a head of 3 outputs needs as many tags"):
+            model.export_torchscript(encoder, tmp_path / "never.ts", 22050, head, *wrong)
     assert sidecar["max_difference"] < 1e-4 and json.loads((tmp_path / "tagger.ts.json").read_text())["tags"] == tags
     audio = torch.rand(2, 1, 2 * 59049 + 5000) * 2 - 1
     torch.save(audio, tmp_path / "audio.pt")

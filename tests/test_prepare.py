@@ -390,6 +390,26 @@ def test_names_that_are_no_text_at_all(tmp_path, cli):
     assert len(prepare.Clips("data/odd")) == 3 and prepare.check("data/odd") == [] and "\\udcff" in done.stdout
 
 
+def test_a_table_may_name_files_in_several_ways(tmp_path, monkeypatch):
+    folder = songs(tmp_path / "in" / "sub", 5)
+    soundfile.write(folder / "f.wave", tone(0.5), 22050, format="WAV")
+    names = ("sub/a.wav", "./sub/b.wav", str(folder / "c.wav"), "sub\\d.wav", "in/sub/e.wav", "sub/f.wave", "/elsewhere/g.wav")
+    table(tmp_path / "t.csv", ("file", "label"), *((name, "x") for name in names))
+    monkeypatch.chdir(tmp_path)
+    listing = prepare.read_folder(Path("in"), tmp_path / "t.csv")
+    assert sorted(clip.id for clip in listing) == [f"sub/{name}" for name in ("a.wav", "b.wav", "c.wav", "d.wav", "e.wav", "f.wave")]
+    assert [s["file"] for s in listing.skipped] == ["/elsewhere/g.wav"]
+
+
+def test_a_field_that_was_split_in_two_is_told(tmp_path):
+    songs(tmp_path / "in", 1)
+    (tmp_path / "t.csv").write_text("file;tags\na.wav;rock; loud\n")
+    with pytest.raises(ValueError, match="t.csv, line 2: more fields than the 2 columns"):
+        prepare.read_folder(tmp_path / "in", tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text('file;tags;\na.wav;"rock; loud";\n')
+    assert prepare.read_folder(tmp_path / "in", tmp_path / "t.csv")[0].tags == ("rock", "loud")
+
+
 def test_songs_are_dealt_to_splits_by_their_group(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

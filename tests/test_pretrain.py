@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import model
+import prepare
 import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +30,15 @@ TOY = ["--width", "0.0625", "--batch-size", "4", "--amp", "off", "--device", "cp
 
 
 @pytest.fixture
-def command(capsys, handlers):
-    """command([...]) -> CompletedProcess of pretrain.py in this process."""
+def command(capsys):
+    """command([...]) -> CompletedProcess of pretrain.py in this process, whose handlers of signals it leaves as they were."""
     def command(args):
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             code = pretrain.main([str(arg) for arg in args])
         except SystemExit as stop:
             code = stop.code
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
         return subprocess.CompletedProcess(args, code, *capsys.readouterr())
     return command
 
@@ -475,6 +478,15 @@ def test_it_learns(tmp_path, run, command, tiny_data):
     assert np.mean(losses[-5:]) < 0.8 * math.log(15) and np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
     assert len([r for r in log if "probe" in r]) == 2 and log[-1]["done"]
     assert command(["--plot", tmp_path / "run"]).returncode == 0 and (tmp_path / "run/curves.png").stat().st_size > 5000
+
+
+def test_the_quick_probe_of_one_tag_knows_clips_without_it(tiny_data):
+    train, valid = prepare.Clips(tiny_data, "train"), prepare.Clips(tiny_data, "valid")
+    for clips in (train, valid):
+        clips.tags, clips.labels = clips.tags[:1], clips.labels[:, :1]
+    torch.manual_seed(0)
+    value = pretrain.quick_probe(model.build_encoder("samplecnn", width=1 / 16), train, valid, torch.device("cpu"))
+    assert 0 <= value <= 1
 
 
 @pytest.mark.parametrize("args, code, says", [

@@ -99,6 +99,15 @@ def test_pictures_of_results(run, tmp_path, tiny_data):
     done = run(["transfer.py", "--results", tmp_path / "r.json", "--plots", tmp_path / "p"])
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "p" / "r").iterdir()} == {"tags.png", "fractions.png"}
+    result = json.loads((tmp_path / "r.json").read_text())
+    for row in result["results"]:  # as of one test clip
+        row["mean"] = row["std"] = dict.fromkeys(row["mean"])
+    for run_of in ("a", "b"):
+        (tmp_path / run_of).mkdir()
+        (tmp_path / run_of / "r.json").write_text(json.dumps(result))
+    files = [str(tmp_path / run_of / "r.json") for run_of in ("a", "b")]
+    assert transfer.main(["--results", *files, "--plots", str(tmp_path / "q")]) == 0
+    assert sorted(p.name for p in (tmp_path / "q").iterdir()) == ["a-r", "b-r"]
 
 
 def test_first_layer_filters_are_sorted_by_centre_frequency():
