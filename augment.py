@@ -29,8 +29,10 @@ and so that every value can be logged, replayed and tested. Letters: B examples,
 """
 
 import argparse
+import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -353,7 +355,7 @@ def _kernel(fraction: Tensor, taps: int) -> Tensor:
 def _kernel_table(taps: int, device: torch.device) -> Tensor:
     t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(FRACTIONS + 1, dtype=torch.float64)[:, None] / FRACTIONS
     weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
-    return (weights / weights.sum(1, keepdim=True)).float().to(device)
+    return (weights / weights.sum(1, keepdim=True)).float().to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------ reverb
@@ -427,7 +429,8 @@ def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[Tensor, ...
         z = torch.exp(log_z * -math.floor(delay_44100 * sample_rate / 44100 + 0.5))
         all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
     weight = torch.exp(turns * (-n * log_rho)).float()
-    return weight.to(device), *(t.to(device, torch.complex64) for t in (phases, torch.exp(-log_z), all_passes))
+    tables = weight, *(t.to(torch.complex64) for t in (phases, torch.exp(-log_z), all_passes))
+    return tuple(t.to(device, non_blocking=True) for t in tables)
 
 
 # ------------------------------------------------------------------------------------------------ the chain
@@ -470,6 +473,40 @@ TRANSFORMS = {
     "reverb": Transform(0.4, lambda x, sample_rate, **values: reverb(x, sample_rate=sample_rate, **values),
                         {key: (_uniform(0, 100), "%") for key in ("reverberance", "damping", "room_size")}),
 }
+
+
+_LOCK, _BEFORE = threading.Lock(), {}
+
+
+@contextlib.contextmanager
+def _exact(device: torch.device):
+    """Products in full float32, whatever is allowed for the network outside (TF32, bfloat16 and autocast err by more than
+    the noise added here), and one thread: work this small gains little from more, and on busy cores they cost tenfold.
+
+    These are settings of the process. Where several threads are in here at once, the first one in has saved them and the
+    last one out restores them."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    with _LOCK:
+        threads = torch.get_num_threads()
+        if not _BEFORE:
+            _BEFORE.update(inside=0, threads=threads, precision=[backend.fp32_precision for backend in backends])
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+        elif threads == 1:  # a new thread begins with what is set in here
+            threads = _BEFORE["threads"]
+        _BEFORE["inside"] += 1
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext():
+            yield
+    finally:
+        with _LOCK:
+            torch.set_num_threads(threads)
+            _BEFORE["inside"] -= 1
+            if not _BEFORE["inside"]:
+                for backend, precision in zip(backends, _BEFORE["precision"]):
+                    backend.fp32_precision = precision
+                _BEFORE.clear()
 
 
 class Chain:
@@ -520,11 +557,8 @@ class Chain:
         for name in self.transforms:
             if len(draws.get(name, ())) != len(x):
                 raise ValueError(f"expected draws of {name} for {len(x)} examples, got {len(draws.get(name, ()))}")
-        y, threads, matmul = x.clone(), torch.get_num_threads(), torch.backends.cuda.matmul
-        precision = matmul.fp32_precision
-        torch.set_num_threads(1)        # work this small gains little from threads, and on busy cores they cost tenfold
-        matmul.fp32_precision = "ieee"  # TF32, which may be on for the network, errs by more than the noise added here
-        try:
+        y = x.clone()
+        with _exact(x.device):
             for block in _blocks(len(x), x.device, 4 * BLOCK):
                 for name, transform in self.transforms.items():
                     rows = draws[name][block].nonzero().flatten() + block.start
@@ -532,9 +566,6 @@ class Chain:
                         values = {key: draws[f"{name}.{key}"][rows] for key in transform.values}
                         rows = _on(y, rows)
                         y[rows] = transform.apply(y[rows], self.sample_rate, **values)
-        finally:
-            torch.set_num_threads(threads)
-            matmul.fp32_precision = precision
         return y
 
 

@@ -253,6 +253,8 @@ class Prefetch:
         began = time.perf_counter()
         try:
             item = self.made.pop(step).result()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of this process alone, so it is the one to tell
             raise OSError(f"the audio of step {step} cannot be had: {error}") from error
         self.waited += time.perf_counter() - began
@@ -497,7 +499,7 @@ def train(args, clips, valid, Chain, model, device, amp):
     if size > 1:
         learner = model.synchronise(learner, device)
     learner.to(device).train()
-    if gpu:
+    if gpu and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= max(1, torch.cuda.device_count()):  # several share none
         clips.keep_on(device)  # if they fit; else a thread reads them ahead
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -531,7 +533,8 @@ def train(args, clips, valid, Chain, model, device, amp):
         if cpc:
             n = encoder.frames_per_window
             negatives = [torch.randint(args.batch_size * n, (args.batch_size, n, 15), generator=values)[mine]]
-        return (audio.pin_memory() if gpu and not audio.is_cuda else audio), draws, negatives
+        audio, *negatives = (t.pin_memory() if gpu and not t.is_cuda else t for t in (audio, *negatives))
+        return audio, draws, negatives
 
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -543,7 +546,7 @@ def train(args, clips, valid, Chain, model, device, amp):
             views = torch.cat([chain(first, draws), second])
             rate = optimiser.param_groups[0]["lr"] = rate_at(step, args.lr, args.schedule, args.warmup, total)
             with model.autocast(device, amp):
-                loss, top1 = parallel(views, *(n.to(device) for n in negatives))
+                loss, top1 = parallel(views, *(n.to(device, non_blocking=True) for n in negatives))
             optimiser.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimiser)
@@ -552,10 +555,12 @@ def train(args, clips, valid, Chain, model, device, amp):
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
 
-            # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer anyway)
-            look = not gpu or logs or saves or caught
-            finite = not look or torch.isfinite(sums[0]) and (not (saves or caught) or all(t.isfinite().all() for t in learner.state_dict().values()))
-            flags = torch.tensor([caught[0] if caught else 0, 0 if finite else rank + 1])
+            # one small exchange a step: has anybody caught a signal, or lost its numbers? (one GPU is asked only when it must answer
+            # anyway; with several, torch's SyncBatchNorm waits for them in every layer)
+            number = caught[0] if caught else 0  # read once: what is saved below must have been looked at here
+            look = not gpu or logs or saves or number
+            finite = not look or torch.isfinite(sums[0]) and (not (saves or number) or all(t.isfinite().all() for t in learner.state_dict().values()))
+            flags = torch.tensor([number, 0 if finite else rank + 1])
             if size > 1:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             stop, bad = flags.tolist()

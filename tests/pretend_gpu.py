@@ -55,7 +55,7 @@ class PretendGpu(TorchFunctionMode):
             return function(*args, **kwargs)
         if name == "pin_memory":
             return args[0]
-        device = place_of(kwargs.pop("device", None))
+        device, sent = place_of(kwargs.pop("device", None)), kwargs.get("non_blocking", False)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         there, places = {t.untyped_storage()._cdata for t in tensors}, {self.place(t) for t in tensors}
         if len({self.place(t) for t in tensors if t.dim() and t.numel()}) > 1 and name not in MAY_MIX | {"to"}:
@@ -69,7 +69,7 @@ class PretendGpu(TorchFunctionMode):
                 device = self.place(other) if isinstance(other, torch.Tensor) else place_of(other) if isinstance(other, (str, torch.device)) else device
             layout = [other for other in others if isinstance(other, torch.memory_format)] or [torch.preserve_format]
             args, kwargs = (args[0], dtype), {"copy": device not in (None, self.place(args[0])), "memory_format": layout[0]}
-        self.note_wait(name, args, device, places)
+        self.note_wait(name, args, device, places, sent)
         if name == "cpu":
             function, device = torch.clone if CUDA in places else lambda x: x, CPU
         result = function(*args, **kwargs)
@@ -80,9 +80,10 @@ class PretendGpu(TorchFunctionMode):
                 self.put(tensor, device)
         return result
 
-    def note_wait(self, name, args, device, places):
+    def note_wait(self, name, args, device, places, sent):
         masked = name in ("__getitem__", "__setitem__") and any(getattr(i, "dtype", None) == torch.bool for i in tree_leaves(args[1]))
         here = name in ("tensor", "new_tensor") and CUDA in ({device} if device else places)  # a copy from pageable memory
+        here |= name == "to" and device == CUDA and self.place(args[0]) == CPU and not sent
         if here or CUDA in places and (name in WAITS or masked or (name == "to" and device == CPU)):
             frame = sys._getframe(2)
             self.waits.append((name, Path(frame.f_code.co_filename).name, frame.f_lineno))

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 import pytest
@@ -350,8 +351,12 @@ def test_cpu_and_gpu_agree():
     chain = Chain(RATE, probability={"noise": 1.0})
     x = music(24)
     draws = chain.draw(24, torch.Generator().manual_seed(8))
-    torch.backends.cuda.matmul.fp32_precision = "tf32"                  # as a user may have it
-    on_cpu, on_gpu = chain(x, draws), chain(x.cuda(), draws).cpu()
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"       # as a user may have it
+    try:
+        on_cpu, on_gpu = chain(x, draws), chain(x.cuda(), draws).cpu()
+    finally:
+        matmul.fp32_precision = before
     assert (on_cpu - on_gpu).norm() < 1e-3 * on_cpu.norm()
 
 
@@ -364,6 +369,50 @@ def test_the_chain_turns_tf32_off_for_itself_alone():
         chain(music(1, 100), chain.draw(1, torch.Generator()))
         assert seen == ["ieee"] and matmul.fp32_precision == "tf32"
     finally:
+        matmul.fp32_precision = before
+
+
+def test_the_chain_is_float32_whatever_the_network_may_do():
+    chain, x = Chain(RATE), music(6, 30000)
+    draws, before = chain.draw(6, torch.Generator().manual_seed(3)), torch.get_float32_matmul_precision()
+    want = chain(x, draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chain(x, draws), want)
+        assert torch.is_autocast_enabled("cpu")
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(chain(x, draws), want)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_chains_in_several_threads_leave_the_settings_of_the_process():
+    """The second comes in while the first is at work, and stays longer."""
+    first_in, second_in, first_out, seen, failed = threading.Event(), threading.Event(), threading.Event(), [], []
+    matmul, threads = torch.backends.cuda.matmul, torch.get_num_threads()
+    before = matmul.fp32_precision
+
+    def work(wait, inside, after):
+        try:
+            wait(10)
+            chain = Chain(RATE, ["look"], table={"look": Transform(1.0, lambda x, rate: [step() for step in inside] and x)})
+            chain(music(1, 100), chain.draw(1, torch.Generator()))
+            [step() for step in after]
+        except Exception as error:
+            failed.append(error)
+    try:
+        torch.set_num_threads(2)
+        matmul.fp32_precision = "tf32"
+        note = lambda: seen.append((matmul.fp32_precision, torch.get_num_threads()))
+        workers = [threading.Thread(target=work, args=(lambda _: None, [first_in.set, lambda: second_in.wait(10)], [first_out.set])),
+                   threading.Thread(target=work, args=(first_in.wait, [second_in.set, lambda: first_out.wait(10), note], [note]))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not failed and seen == [("ieee", 1), ("tf32", 2)] and (matmul.fp32_precision, torch.get_num_threads()) == ("tf32", 2)
+    finally:
+        torch.set_num_threads(threads)
         matmul.fp32_precision = before
 
 

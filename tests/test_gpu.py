@@ -24,10 +24,13 @@ def test_the_pretend_gpu_finds_what_it_is_for():
         with pytest.raises(TypeError):
             x.numpy()
         assert not gpu.waits
-        for waits in (lambda: bool(x.sum()), lambda: float(x[0]), x.tolist, x.nonzero, x.cpu, lambda: x[x > 0], lambda: x.to("cpu"), lambda: x.new_tensor(1.0)):
+        for waits in (lambda: bool(x.sum()), lambda: float(x[0]), x.tolist, x.nonzero, x.cpu, lambda: x[x > 0], lambda: x.to("cpu"), lambda: x.new_tensor(1.0),
+                      lambda: here.to("cuda"), lambda: here.to(x)):
             before = len(gpu.waits)
             waits()
             assert len(gpu.waits) > before
+        gpu.waits.clear()
+        assert here.to("cuda", non_blocking=True).is_cuda and not gpu.waits
     assert made[0].tolist() == [2, 2, 2]
 
 
@@ -35,7 +38,8 @@ def test_the_chain_never_waits_for_the_gpu():
     chain = augment.Chain(22050, probability={"noise": 0.5})
     x, draws = torch.randn(12, 1, 30000) * 0.1, chain.draw(12, torch.Generator().manual_seed(0))
     with PretendGpu() as gpu:
-        y = chain(x.to("cuda"), draws)
+        on_gpu = x.to("cuda", non_blocking=True)
+        y = chain(on_gpu, draws)
         assert y.device.type == "cuda" and gpu.waits == []
     assert torch.allclose(y, chain(x, draws), atol=1e-5)
 

@@ -157,6 +157,27 @@ def test_training_on_a_cpu_equals_torchs_layers_in_float64(dtype, most):
         x = want.detach().float()
 
 
+def test_training_in_bfloat16_stays_near_float64():
+    """As two processes of a CPU with bfloat16 train: the same passes, the products in bfloat16 (where two numbers that a
+    pool compares become one, it may take the other: 5 % of a gradient)."""
+    torch.manual_seed(0)
+    encoder, n = model.SampleCNN(width=0.125), len(model.SampleCNN.channels)
+    plain = blocks_of_torch(encoder).train()
+    encoder.recompute(n)
+    for i, x in ((0, torch.randn(8, 1, 1, 729)), (1, torch.randn(8, 16, 1, 243).relu()), (n - 1, torch.randn(8, 64, 1, 9).relu())):
+        a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+        want = plain[i](b)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = encoder.train().blocks[i](a)
+        upstream = torch.randn(want.shape, dtype=torch.float64) * (want > 0.05)
+        y.backward(upstream.to(y.dtype))
+        want.backward(upstream)
+        ours = [y, a.grad, *(p.grad for name, p in encoder.blocks[i].named_parameters() if name != "0.bias"), *encoder.blocks[i].buffers()]
+        theirs = [want, b.grad, *(p.grad for name, p in plain[i].named_parameters() if name != "0.bias"), *plain[i].buffers()]
+        for got, expected in zip(ours, theirs):
+            assert (got.double() - expected.double()).norm() <= 0.1 * expected.double().norm(), (i, got.shape)
+
+
 def test_training_on_a_cpu_takes_any_layout_of_memory():
     torch.manual_seed(0)
     block, x = model.SampleCNN._block(4, 6, pool=True), torch.randn(3, 4, 1, 27)
