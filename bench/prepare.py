@@ -1,6 +1,6 @@
 """How fast is prepare.py, and does it stay small? Writes results/prepare.json.
 
-    python bench/prepare.py --root MUSIC [--files 60] [--rounds 5]      # decoding, memory, random crops; about 4 minutes
+    python bench/prepare.py --root MUSIC [--files 60] [--rounds 5]      # decoding, memory, random crops; about 10 minutes
     python bench/prepare.py --tables DIR                                # only: the split of MagnaTagATune's real tables
 
 Decoding, one pinned core, file by file in turn, median files per second of processor time: prepare's decoder (mono, 22,050 Hz, int16, sha256) against ffmpeg writing

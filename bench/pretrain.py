@@ -1,8 +1,8 @@
 """What pretrain.py promises, measured: speed against the released model and as a whole, kills survived, bfloat16 against float32.
 
     python bench/pretrain.py speed --out results/pretrain-speed.json                 # about ten minutes on two cores
-    python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about five minutes
-    python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # about ten minutes
+    python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about eight minutes
+    python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # 23 minutes at --width 0.25
     python bench/pretrain.py whole --data mtat --max-steps 300 --log-every 20        # the whole script, on a GPU where there is one
 
 speed: a training step on ready-made noise (encoder, projector, NT-Xent, Adam). Each variant runs in a process of its own (the
@@ -244,7 +244,7 @@ def curves(args):
 
 # ------------------------------------------------------------------------------------------------------------ whole
 
-MTAT_SONGS = 18_706  # training clips, one pair of each an epoch
+MTAT_SONGS = 3_923  # of the training clips, by artist, album, track and title; one pair of each an epoch
 
 
 def whole(args):
