@@ -66,7 +66,11 @@ def _check(x: Tensor, **values: tuple[Tensor, float, float]) -> None:
 
 def _on(x: Tensor, values: Tensor) -> Tensor:
     """values, where x is. A GPU goes on meanwhile: copies that wait would empty its queue some thirty times a batch."""
-    return values.to(x.device, non_blocking=True)
+    return _send(values, x.device)
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device, non_blocking=device.type == "cuda")   # on Apple's GPUs the source might be gone too early
 
 
 def _fft(transform: Callable, x: Tensor, n: int) -> Tensor:
@@ -355,7 +359,7 @@ def _kernel(fraction: Tensor, taps: int) -> Tensor:
 def _kernel_table(taps: int, device: torch.device) -> Tensor:
     t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(FRACTIONS + 1, dtype=torch.float64)[:, None] / FRACTIONS
     weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
-    return (weights / weights.sum(1, keepdim=True)).float().to(device, non_blocking=True)
+    return _send((weights / weights.sum(1, keepdim=True)).float(), device)
 
 
 # ------------------------------------------------------------------------------------------------ reverb
@@ -430,7 +434,7 @@ def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[Tensor, ...
         all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
     weight = torch.exp(turns * (-n * log_rho)).float()
     tables = weight, *(t.to(torch.complex64) for t in (phases, torch.exp(-log_z), all_passes))
-    return tuple(t.to(device, non_blocking=True) for t in tables)
+    return tuple(_send(t, device) for t in tables)
 
 
 # ------------------------------------------------------------------------------------------------ the chain
@@ -475,7 +479,7 @@ TRANSFORMS = {
 }
 
 
-_LOCK, _BEFORE = threading.Lock(), {}
+_LOCK, _BEFORE, _HERE = threading.Lock(), {}, threading.local()
 
 
 @contextlib.contextmanager
@@ -485,6 +489,9 @@ def _exact(device: torch.device):
 
     These are settings of the process. Where several threads are in here at once, the first one in has saved them and the
     last one out restores them."""
+    if getattr(_HERE, "inside", False):  # a chain as a transform of another
+        yield
+        return
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     with _LOCK:
         threads = torch.get_num_threads()
@@ -496,16 +503,20 @@ def _exact(device: torch.device):
             threads = _BEFORE["threads"]
         _BEFORE["inside"] += 1
     torch.set_num_threads(1)
+    _HERE.inside = True
     try:
         with torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext():
             yield
     finally:
+        _HERE.inside = False
         with _LOCK:
             torch.set_num_threads(threads)
             _BEFORE["inside"] -= 1
             if not _BEFORE["inside"]:
                 for backend, precision in zip(backends, _BEFORE["precision"]):
-                    backend.fp32_precision = precision
+                    backend.fp32_precision = "none"  # as it is more generally set, where that is what it was
+                    if backend.fp32_precision != precision:
+                        backend.fp32_precision = precision
                 _BEFORE.clear()
 
 

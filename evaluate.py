@@ -478,7 +478,7 @@ def trained_on(info, load, name=None):
     for n in names:
         try:
             found.append(load(n))
-        except FileNotFoundError as error:
+        except (ValueError, OSError) as error:  # another one's folder, perhaps, that may not be read here
             missing = error
     if not found:
         raise missing
@@ -773,7 +773,7 @@ def main(argv=None):
         flags += [name for name in ("supervised", "finetune") if getattr(args, name)]
         flags += [f"{name}-{value.stem if isinstance(value, Path) else value}".replace("_", "-") for name, value in vars(args).items()
                   if name in given & {"fraction_mode", "encoder", "width", "head", "pool", "lr", "weight_decay", "patience", "epochs",
-                                      "min_steps", "batch_size", "clip_score", "seed"}]
+                                      "min_steps", "batch_size", "clip_score", "seed", "amp"}]
         out, folder = args.out or home / f"{'-'.join(['evaluate', clips.name, *flags])}.json", args.export or home
         folder = folder / f"pool-{args.pool}" if args.pool and not args.export else folder  # another length of features
         model.write_atomically(out, to_json(result).encode())

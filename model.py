@@ -672,12 +672,13 @@ def export_torchscript(encoder: nn.Module, path, sample_rate: int, head=None, ta
     Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded), relative to the output's scale.
     Raises: RuntimeError if that is above 1e-4, which means that the file must not be used; ValueError for a head without its
     task, or with another number of outputs than tags."""
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
     if head is not None:
-        width = head(torch.zeros(1, encoder.out_dim, device=next(head.parameters()).device)).shape[1]
+        head = copy.deepcopy(head).cpu().float().eval()
+        with torch.no_grad():
+            width = head(torch.zeros(1, encoder.out_dim)).shape[1]
         if task not in ("multilabel", "singlelabel") or len(tags) != width:
             raise ValueError(f"a head of {width} outputs needs as many tags, and the task multilabel or singlelabel; got {len(tags)} and {task!r}")
-    encoder = copy.deepcopy(encoder).cpu().float().eval()
-    head = None if head is None else copy.deepcopy(head).cpu().float().eval()
     eager = Exported(encoder, sample_rate, head, tags, task).eval()
     plain = Exported(fold_batch_norm(encoder), sample_rate, head, tags, task).eval()
     sidecar = _sidecar(encoder, encoder if head is None else eager, sample_rate, encoder.out_dim if head is None else len(tags), tags, plain.task, info)

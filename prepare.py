@@ -26,6 +26,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import heapq
 import json
 import math
 import mmap
@@ -296,7 +297,8 @@ def read_folder(root, labels=None):
                          f"found {', '.join(columns)}")
     names = [] if form else [column for column in columns if column not in ("", "file", "split", "group")]
     task = "singlelabel" if "label" in form else "multilabel" if form or names else "none"
-    starts = ["", "./", *(unicodedata.normalize("NFC", f"{path(root)}/") for path in (os.path.normpath, os.path.abspath, os.path.realpath))]
+    starts = [unicodedata.normalize("NFC", f"{Path(path(root)).as_posix()}/") for path in (os.path.normpath, os.path.abspath, os.path.realpath)]
+    starts = ["", "./", *(start for start in starts if not any(name.startswith(start) for name in files))]
 
     def own(text):
         """The name among `files` of what stands in the table: relative to root or absolute, perhaps with Windows' separators."""
@@ -431,9 +433,10 @@ def _size(clip):
 
 
 def _sample(clips):
-    """A hash of some bytes of up to 16 files, so that a second folder of the same names and sizes is not taken for the first."""
-    digest = hashlib.sha256()
-    for file in (clip.file for clip in clips[:: max(1, len(clips) // 16)][:16] if clip.file.is_file()):
+    """A hash of some bytes of up to 16 files, so that a second folder of the same names and sizes is not taken for the first.
+    They are chosen by their names, so that a file that comes in between hardly ever changes the choice."""
+    digest, chosen = hashlib.sha256(), heapq.nsmallest(16, clips, lambda clip: hashlib.sha256(os.fsencode(clip.id)).digest())
+    for file in (clip.file for clip in chosen if clip.file.is_file()):
         with contextlib.suppress(OSError), open(file, "rb") as raw:  # one that cannot be read is listed later, with its reason
             raw.seek(file.stat().st_size // 2)
             digest.update(raw.read(1 << 12))
@@ -444,7 +447,7 @@ def _resume(folder, how, clips, shards=()):
     """Cut the files back to what a run before has finished, samples and journal line; return how many clips that is."""
     audio, journal, fits = folder / "audio.npy", folder / "journal.jsonl", lambda path: path.exists() and path.read_text() == how
     if shards or not (fits(folder / "plan") and audio.exists() and journal.exists()):
-        need, free = 0, shutil.disk_usage(folder).free
+        need, free = 0, shutil.disk_usage(folder).free + sum(file.stat().st_size for file in (audio, journal) if file.exists())
         for k, shard in enumerate(shards):  # all of them, before anything is written over
             part = clips[len(clips) * k // len(shards) : len(clips) * (k + 1) // len(shards)]
             own = [shard / name for name in ("audio.npy", "journal.jsonl")]
@@ -506,7 +509,7 @@ def _seal(folder, out, listing, max_skipped, head):
         enough = math.ceil(1000 * len(lost) / total) / 1000
         raise ValueError(f"{len(lost)} of {total} files cannot be used, --max-skipped is {max_skipped:g}{first} "
                          f"(repair them, or type --max-skipped {enough:g}, for which nothing is decoded twice; "
-                         f"to try again what timed out: rm -r {shlex.quote(str(folder))})")
+                         f"what timed out is tried again without {folder}, and without its part's folder after --merge)")
     arrays = {key: np.array(column, COLUMNS[key]) for key, column in columns.items()}
     for key, width in (("labels", len(listing.tags)), ("sha256", 32)):
         arrays[key] = arrays[key].reshape(-1 if width else len(arrays["id"]), width)

@@ -285,6 +285,8 @@ def save_checkpoint(path, content: dict):
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
+            if previous.exists() and not path.exists():  # the second renaming failed
+                os.replace(previous, path)
             temporary.unlink()
         raise OSError(f"the checkpoint could not be written to {path.parent} ({error.strerror or error}; {buffer.tell() / 1e6:.0f} MB "
                       "needed); the one before it is untouched: make room, then type the same command") from error
@@ -305,7 +307,7 @@ def load_checkpoint(path) -> dict | None:
             continue
         if broken and world()[0] == 0:
             print(f"pretrain.py: {broken[0]}; continuing from {candidate} (step {content['step']})", file=sys.stderr)
-            path.rename(path.with_suffix(".damaged"))  # or the next save would put it in the good one's place
+            os.replace(path, path.with_suffix(".damaged"))  # or the next save would put it in the good one's place
         return content
     if broken:
         raise ValueError("; ".join(broken) + f"; no good checkpoint is left: move {path.parent} away to begin again")

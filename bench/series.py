@@ -61,8 +61,10 @@ def batch(args):
 def curve(args):
     """One run, its encoder kept after each of --steps."""
     def fits(path, steps):
-        info = torch.load(path, weights_only=True) if path.exists() else {}
-        return [info.get(key) for key in ("step", "data", "sizes")] == [steps, args.data, {"width": args.width}]
+        info, log = torch.load(path, weights_only=True) if path.exists() else {}, args.runs / "curve/run/log.jsonl"
+        info["lr"] = json.loads(log.read_text().splitlines()[0])["config"]["lr"] if log.exists() else None
+        wanted = {"step": steps, "data": args.data, "sizes": {"width": args.width}, "batch_size": args.batch_size, "seed": args.seed, "lr": args.lr}
+        return all(info.get(key) == value for key, value in wanted.items())
 
     found = {}
     for steps in sorted(args.steps):
@@ -165,8 +167,10 @@ def labels(args):
     if args.supervised:  # a network trained end to end takes minutes to hours, a probe seconds
         jobs += [(f"supervised-{f}.json", [f], args.supervised, ["--supervised", "--lr", args.lr]) for f in args.supervised_fraction or args.fraction]
     for name, fractions, seeds, flags in jobs:
-        there = json.loads((folder / name).read_text())["protocol"] if (folder / name).exists() else {}
-        wanted = {"ckpt": str(args.ckpt), "data": args.data, "fraction": list(map(float, fractions)), "seeds": seeds, "amp": args.amp}
+        there = json.loads((folder / name).read_text()) if (folder / name).exists() else {"protocol": {}, "encoder": {}}
+        there = {**there["protocol"], "step": there["encoder"].get("step")}
+        wanted = {"ckpt": str(args.ckpt), "data": args.data, "fraction": list(map(float, fractions)), "seeds": seeds, "amp": args.amp,
+                  "step": torch.load(args.ckpt, weights_only=True)["step"] if args.ckpt.exists() else None}
         wanted |= {"lr": args.lr} if "--lr" in flags else {}
         if any(there.get(key) != value for key, value in wanted.items()):
             call(args, "evaluate.py", "--ckpt", args.ckpt, "--data", args.data, *flags, "--fraction", *fractions, "--seeds", seeds, "--amp", args.amp,

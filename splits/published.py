@@ -142,12 +142,12 @@ def read_billboard(root):
         return re.sub(r"[\W_]", "", text.lower())
 
     rows = read_table(Path(root, "billboard-2.0-index.csv"))[0]
-    songs = {key for row in rows for key in (int(row["id"]), letters(row["artist"] + row["title"]))}
+    songs = {key for row in rows for key in (int(row["id"]), letters(row["artist"] + row["title"])) if key != ""}
 
     def key(path):  # of what is not in the index its path: other albums may well hold two tracks of one name
         number = re.match(r"\d{4}(?=\.|$)", path.parts[0])
-        found = int(number[0]) if number else letters(path.stem)
-        return found if found in songs else path.as_posix()
+        names = [*([int(number[0])] if number else []), letters(path.stem)]
+        return next((name for name in names if name in songs), path.as_posix())
 
     files, clips = audio_files(root, key), {}
     for row in rows:

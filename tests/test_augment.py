@@ -386,6 +386,22 @@ def test_the_chain_is_float32_whatever_the_network_may_do():
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_chain_within_a_chain_leaves_the_settings_of_the_outer_one():
+    inner, seen, threads = Chain(RATE, ["gain"], {"gain": 1.0}), [], torch.get_num_threads()
+
+    def both(x, rate):
+        y = inner(x, inner.draw(len(x), torch.Generator()))
+        seen.append(torch.get_num_threads())
+        return y
+    try:
+        torch.set_num_threads(2)
+        chain = Chain(RATE, ["both"], table={"both": Transform(1.0, both)})
+        chain(music(2, 100), chain.draw(2, torch.Generator()))
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_chains_in_several_threads_leave_the_settings_of_the_process():
     """The second comes in while the first is at work, and stays longer."""
     first_in, second_in, first_out, seen, failed = threading.Event(), threading.Event(), threading.Event(), [], []

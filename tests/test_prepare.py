@@ -399,6 +399,12 @@ def test_a_table_may_name_files_in_several_ways(tmp_path, monkeypatch):
     listing = prepare.read_folder(Path("in"), tmp_path / "t.csv")
     assert sorted(clip.id for clip in listing) == [f"sub/{name}" for name in ("a.wav", "b.wav", "c.wav", "d.wav", "e.wav", "f.wave")]
     assert [s["file"] for s in listing.skipped] == ["/elsewhere/g.wav"]
+    songs(tmp_path / "disc", 1)
+    songs(tmp_path / "disc" / "disc", 2)
+    table(tmp_path / "t.csv", ("file", "label"), ("disc/a.wav", "x"), ("disc/c.wav", "x"))
+    shutil.copy(tmp_path / "disc" / "a.wav", tmp_path / "disc" / "c.wav")
+    listing = prepare.read_folder(Path("disc"), tmp_path / "t.csv")
+    assert [clip.id for clip in listing] == ["disc/a.wav"] and "disc/c.wav" in [s["file"] for s in listing.skipped]  # not c.wav
 
 
 def test_a_field_that_was_split_in_two_is_told(tmp_path):
@@ -570,6 +576,8 @@ def test_billboard(tmp_path):
         (tmp_path / name).touch()
     again = prepare.DATASETS["billboard"](tmp_path)
     assert [clip.id for clip in again] == [clip.id for clip in listing] and len(again.skipped) == 8
+    os.rename(tmp_path / "Él - Bésame.ogg", tmp_path / "1999" / "Él - Bésame.ogg")  # a folder that is a year, not a number of the index
+    assert [clip.id for clip in prepare.DATASETS["billboard"](tmp_path)] == [clip.id for clip in listing]
 
 
 # --------------------------------------------------------------------------------------------------------- robustness
@@ -778,10 +786,15 @@ def test_joining_shards_too_early_costs_nothing(tmp_path, monkeypatch):
         quietly(listing, tmp_path / "out", merge=2)
     assert contents(tmp_path / "out.partial") == before
     quietly(listing, tmp_path / "out", shard=(2, 2))
+    need = sum(file.stat().st_size for file in tmp_path.glob("out.shard-*/audio.npy"))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="0.00 GB are needed there"):
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
         quietly(listing, tmp_path / "out", merge=2)
     assert contents(tmp_path / "out.partial") == before
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_seal", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+        quietly(listing, tmp_path / "out", merge=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, need // 2))  # what is there is written over
     assert quietly(listing, tmp_path / "out", merge=2)["clips"]["train"] == 6 and prepare.check(tmp_path / "out") == []
 
 
