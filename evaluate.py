@@ -472,7 +472,7 @@ def pooled(kind, sizes, pool):
 def trained_on(info, load, name=None):
     """The prepared data to evaluate on: of that name, or what the encoder with this info was trained on, in its folder or
     under its name, where a folder with the fingerprint it was trained on goes first. load(name) -> clips, or
-    FileNotFoundError."""
+    ValueError or OSError, which is raised where none can be had."""
     names = [name] if name else [n for n in dict.fromkeys([info.get("data_folder"), info.get("data")]) if n] or ["NAME"]
     found = []
     for n in names:

@@ -596,9 +596,9 @@ def train(args, clips, valid, Chain, model, device, amp):
             if stop:
                 break
         if log and last:
-            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else math.nan
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else None
             peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else own
-            log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": round(peak, 2)})
+            log.write({"step": total, "done": True, "seconds": round(time.perf_counter() - opened, 1), "peak_gib": peak and round(peak, 2)})
         if size > 1:
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
