@@ -33,6 +33,7 @@ import contextlib
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -70,7 +71,9 @@ def _on(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
-    return values.to(device, non_blocking=device.type == "cuda")   # on Apple's GPUs the source might be gone too early
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)                # on Apple's GPUs the source of a copy might be gone too early
+    return values.pin_memory().to(device, non_blocking=True)       # pageable memory over 64 KB would be waited for
 
 
 def _fft(transform: Callable, x: Tensor, n: int) -> Tensor:
@@ -192,17 +195,17 @@ def _butterworth(x: Tensor, cutoff_hz: Tensor, high: Tensor, sample_rate: int) -
     left = _on(x, torch.view_as_real(powers[:, :-1].flip(1)).to(x.dtype))              # (B, P, 2): what a block leaves
     inside = torch.cat([inside, left], 2)                                              # (B, P, P + 2)
     total, count = x.shape[-1], -(-x.shape[-1] // FILTER_BLOCK)
+    factors = powers[:, -1:] ** (1 << torch.arange((count - 1).bit_length()))          # of blocks 1, 2, 4, ... before
+    # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
+    factors = _on(x, torch.where(factors.abs() > 1e-30, factors, 0).to(torch.complex64))
     y = torch.empty_like(x)
     for rows in _blocks(len(x), x.device):
         blocks = pad(x[rows, 0], (0, count * FILTER_BLOCK - total)).view(-1, count, FILTER_BLOCK)
         out = torch.bmm(blocks, inside[rows])                                          # (B, M, P + 2)
         state = torch.view_as_complex(out[:, :, FILTER_BLOCK:].contiguous())           # (B, M)
-        factor, step = powers[rows, -1:], 1
-        while step < count:                                                            # an inclusive scan by doubling
-            # below 1e-30 a factor is nothing to the sum, but numbers like that are slow to compute with
-            kept = _on(x, torch.where(factor.abs() > 1e-30, factor, 0).to(state.dtype))
-            state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], kept, state[:, :-step])], 1)
-            factor, step = factor.square(), 2 * step
+        for k in range(factors.shape[1]):                                              # an inclusive scan by doubling
+            step = 1 << k
+            state = torch.cat([state[:, :step], torch.addcmul(state[:, step:], factors[rows, k, None], state[:, :-step])], 1)
         before = torch.view_as_real(pad(state[:, :-1], (1, 0)))                        # (B, M, 2)
         out = torch.baddbmm(out[:, :, :FILTER_BLOCK], before, owed[rows])
         y[rows, 0] = out.flatten(1)[:, :total]
@@ -289,9 +292,18 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
     # and around what comes next, by its block; a block of margin, so that going straight on is cheapest
     onward = torch.stack([attacks[:, reach:], -pad(attacks, (1, 0))[:, :-reach - 1]], 2)           # (B, blocks, 2)
     far = 1e-5 * (torch.arange(lags, device=device).view(count, phases) / search - 1).square()     # settles ties
-    continued, table = padded.unfold(1, fade + SHORT_TAPS - 1, 1), _kernel_table(SHORT_TAPS, device)
-    template = padded.new_zeros(batch, fade + 2 * (phases - 1))
+    table = _kernel_table(SHORT_TAPS, device)
     step = (ratio * (hop * FRACTIONS)).round().long()                  # times are fixed-point: few and small calls
+    if _in_one_kernel(device):
+        starts = start[:, None].repeat(1, segments)
+        sizes = {"FADE": fade, "LAGS": lags, "PHASES": phases, "TAPS": SHORT_TAPS, "FRACTIONS": FRACTIONS, "ATTACK_BLOCK": ATTACK_BLOCK,
+                 "WIDTH": 1 << (fade - 1).bit_length(), "PART": 64}
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            _search_kernel()[(batch,)](padded.contiguous(), step, table, scale, candidates, onward.contiguous(), far, starts, padded.shape[1],
+                                       onward.shape[1], hop, first, search, DRIFT * sample_rate, segments, **sizes)
+        return starts
+    continued = padded.unfold(1, fade + SHORT_TAPS - 1, 1)
+    template = padded.new_zeros(batch, fade + 2 * (phases - 1))
     starts = [start]
     for s in range(1, segments):
         own = first + s * hop                                                                  # of the first lag
@@ -316,6 +328,75 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
         start = torch.where(hold, (ahead + FRACTIONS // 2) // FRACTIONS, lag + own)            # hold: no splice here
         starts.append(start)
     return torch.stack(starts, 1)
+
+
+@lru_cache(maxsize=8)
+def _in_one_kernel(device: torch.device) -> bool:
+    """Whether the loop of `_starts` is one kernel on device: on a GPU, if Triton works there (it comes with torch for Linux,
+    and needs a C compiler). As torch's own it is 1,300 launches one after the other, and takes six times as long as the chain."""
+    if device.type != "cuda":
+        return False
+    try:
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def trial(x):
+            tl.store(x, 1.0)
+
+        with torch.cuda.device(device):
+            trial[(1,)](torch.empty(1, device=device))
+        return True
+    except Exception as error:  # of types of Triton's own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"pitch_shift takes its slower way on this GPU: Triton cannot be used ({reason})", stacklevel=2)
+        return False
+
+
+@lru_cache(maxsize=1)
+def _search_kernel():
+    """The loop of `_starts` for Triton: a program per example."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def search(padded, step, table, scale, candidates, onward, far, starts, size, blocks, hop, first, middle, drift, segments,
+               FADE: tl.constexpr, LAGS: tl.constexpr, PHASES: tl.constexpr, TAPS: tl.constexpr, FRACTIONS: tl.constexpr,
+               ATTACK_BLOCK: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
+        row, i, part = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH), tl.arange(0, PART)
+        padded, onward, starts, step = padded + row * size, onward + row * blocks * 2, starts + row * segments, tl.load(step + row)
+        scale, candidates = scale + row * (segments - 1) * LAGS, candidates + row * (segments - 1) * 2 * (LAGS // PHASES)
+        start, s = tl.load(starts), 1
+        while s < segments:
+            own, ahead = first + s * hop, step + start * FRACTIONS
+            whole, weights = ahead // FRACTIONS, table + ahead % FRACTIONS * TAPS
+            next_up = tl.zeros([WIDTH], tl.float32)
+            for tap in tl.static_range(TAPS):
+                read = tl.load(padded + whole - (TAPS // 2 - 1) + tap + i, mask=i < FADE, other=0.0)
+                next_up += tl.load(weights + tap) * read
+            next_up /= tl.maximum(tl.sqrt(tl.sum(next_up * next_up, 0)), 1e-4)
+            lost, twice = tl.load(onward + whole // ATTACK_BLOCK * 2), tl.load(onward + whole // ATTACK_BLOCK * 2 + 1)
+            best, best_lag = float("inf"), 0
+            for begin in range(0, LAGS, PART):
+                lag = begin + part
+                sound = padded + own + lag[:, None] + i[None, :]
+                sound = tl.load(sound, mask=(lag < LAGS)[:, None] & (i < FADE)[None, :], other=0.0)
+                match = tl.sum(sound * next_up[None, :], 1) * tl.load(scale + lag, mask=lag < LAGS, other=0.0)
+                candidate = candidates + lag // PHASES
+                cut = tl.maximum(tl.load(candidate, mask=lag < LAGS, other=0.0), lost)
+                cut += tl.maximum(tl.load(candidate + LAGS // PHASES, mask=lag < LAGS, other=0.0), twice)
+                score = tl.where(lag < LAGS, cut + tl.load(far + lag, mask=lag < LAGS, other=0.0) - match, float("inf"))
+                lowest, at = tl.min(score, 0), begin + tl.argmin(score, 0)
+                if lowest < best:
+                    best, best_lag = lowest, at
+            candidate = candidates + best_lag // PHASES
+            cut = tl.maximum(tl.load(candidate), lost) + tl.maximum(tl.load(candidate + LAGS // PHASES), twice)
+            hold = (cut > 0.2) & (tl.abs(whole - (own + middle)) < drift)
+            start = tl.where(hold, (ahead + FRACTIONS // 2) // FRACTIONS, own + best_lag)
+            tl.store(starts + s, start)
+            s, scale, candidates = s + 1, scale + LAGS, candidates + 2 * (LAGS // PHASES)
+
+    return search
 
 
 def _attacks(padded: Tensor, sample_rate: int) -> Tensor:

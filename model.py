@@ -112,13 +112,29 @@ class Block(nn.Sequential):
     def forward(self, x):
         on_cpu = x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu"))
         frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
-        if frozen or not (on_cpu or self.recompute):
+        conv, norm, pool = self[0], self[1], 3 if len(self) == 4 else 1
+        in_kernels = x.is_cuda and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or self.over_processes or x.shape[3] % pool)
+        kernels = gpu_kernels() if in_kernels else None
+        if not kernels and (frozen or not (on_cpu or self.recompute)):
             return super().forward(x)
-        conv, norm = self[0], self[1]
         parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
         if x.shape[1] == 1:
             return StemStep.apply(x, *parameters, self.over_processes)
+        if kernels:
+            return kernels.BlockStep.apply(x, *parameters, pool, half_or_full(x, conv.weight))
         return TrainingStep.apply(x, *parameters, len(self) == 4, self.recompute, self.over_processes)
+
+
+@functools.lru_cache(maxsize=1)
+def gpu_kernels():
+    """kernels.py, a GPU's faster way through the blocks; None, and a warning, where it cannot be used."""
+    try:
+        import kernels
+        kernels.stem_moments(torch.ones(2, 4, device="cuda"))
+        return kernels
+    except Exception as error:  # no Triton; no C compiler, which Triton needs; a GPU it does not know: all of types of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"training on this GPU goes through torch's own layers, at a third of the speed: kernels.py cannot be used ({reason})", stacklevel=2)
 
 
 def as_rows(image):
@@ -159,8 +175,8 @@ class StemStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, norm, over_processes):
         rows = F.pad(x.reshape(-1, 3).to(gamma.dtype), (1, 0), value=1.0)  # (N, 4)
-        double = rows.double()
-        own = double.T @ double  # (4, 4): count, sums, sums of products
+        kernels = gpu_kernels() if rows.is_cuda and rows.dtype == torch.float32 else None
+        own = kernels.stem_moments(rows) if kernels else rows.double().T @ rows.double()  # (4, 4): count, sums, sums of products
         everybody = own.clone()
         if over_processes:
             dist.all_reduce(everybody)
@@ -170,26 +186,31 @@ class StemStep(torch.autograd.Function):
         note_statistics(norm, mean + bias, var, count)
         inverse = (var + norm.eps).rsqrt()
         scale, dtype = gamma * inverse, half_or_full(x, weight)
-        shift, folded = (beta - mean * scale).to(dtype), (w * scale[:, None]).T.to(dtype)  # (C,), (3, C)
+        shift, folded = (beta - mean * scale).to(rows.dtype), (w * scale[:, None]).T.to(rows.dtype).contiguous()  # (C,), (3, C)
         out = x.new_empty(len(rows), len(w), dtype=dtype)
         ctx.size = at_once(x, len(w))
-        for part, y in zip(rows.split(ctx.size), out.split(ctx.size)):
-            torch.addmm(shift, part[:, 1:].to(dtype), folded, out=y).relu_()
-        ctx.save_for_backward(rows, w, gamma, mean, inverse, own, count, out)
-        ctx.over_processes, ctx.shape = over_processes, x.shape
+        if kernels:
+            kernels.stem(rows, folded, shift, out)
+        else:
+            for part, y in zip(rows.split(ctx.size), out.split(ctx.size)):
+                torch.addmm(shift.to(dtype), part[:, 1:].to(dtype), folded.to(dtype), out=y).relu_()
+        ctx.save_for_backward(rows, w, gamma, mean, inverse, own, count, folded, shift, out)
+        ctx.over_processes, ctx.shape, ctx.kernels = over_processes, x.shape, kernels
         return as_image(out.view(len(x), -1, len(w)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, w, gamma, mean, inverse, own, count, out = ctx.saved_tensors
-        sums, dx, scale = own.new_zeros(4, len(w)), [], gamma * inverse
-        scaled, total = (w * scale[:, None]).to(rows), own[0, 1:]  # (C, 3); (3,), the sum of all r
-        for part, g, y in zip(*(t.split(ctx.size) for t in (rows, as_rows(grad).flatten(0, 1), out))):
+        rows, w, gamma, mean, inverse, own, count, folded, shift, out = ctx.saved_tensors
+        sums, dx, scale, grad = own.new_zeros(4, len(w)), [], gamma * inverse, as_rows(grad).flatten(0, 1)  # (N, C)
+        total, in_kernel = own[0, 1:], ctx.kernels and not ctx.needs_input_grad[0]  # (3,), the sum of all r
+        if in_kernel:
+            sums = ctx.kernels.stem_sums(rows, grad.contiguous(), folded, shift)
+        for part, g, y in () if in_kernel else zip(*(t.split(ctx.size) for t in (rows, grad, out))):
             g = torch.ops.aten.threshold_backward(g, y, 0).to(rows.dtype)
             sums += part.T @ g
             if ctx.needs_input_grad[0]:
-                dx.append(g @ scaled)
+                dx.append(g @ folded.T)
         dbeta, products = sums[0], sums[1:].T  # (C,), (C, 3): sums of g and of g r^T
         dgamma = inverse * ((w * products).sum(1) - mean * dbeta)  # of g times the normalised y
         everybody = torch.stack([dbeta, dgamma])

@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -212,6 +213,7 @@ class Pairs:
             raise ValueError(f"--batch-size {batch_size} is larger than the {self.songs} songs with at least {n} samples, and no batch may "
                              f"hold a song twice; type --batch-size {self.songs} or less, or add music")
         self.steps_per_epoch, self.dropped = divmod(self.songs, batch_size)
+        self.order = None, None  # the epoch it is of, and the songs
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Step -> clip (N, 2) and start (N, 2) in samples, of the first and second crop of every pair."""
@@ -220,8 +222,9 @@ class Pairs:
             return edges[k, None] + (u * (edges[k + 1] - edges[k])[:, None]).astype(np.int64)
 
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = torch.randperm(self.songs, generator=generator(self.seed, "order", epoch)).numpy()
-        at = between(self.bounds, order[batch * self.batch_size : (batch + 1) * self.batch_size], "crops")
+        if self.order[0] != epoch:
+            self.order = epoch, torch.randperm(self.songs, generator=generator(self.seed, "order", epoch)).numpy()
+        at = between(self.bounds, self.order[1][batch * self.batch_size : (batch + 1) * self.batch_size], "crops")
         place = np.searchsorted(self.edges, at, side="right") - 1  # (N, 2), in self.clip
         if self.positives == "clip":  # the first crop chooses the clip, by its starts, then both come from inside it
             place = place[:, :1].repeat(2, 1)
@@ -401,6 +404,51 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
     return float(roc_auc_score(truth[:, both], scores[:, both], average="macro")) if both.any() else None
 
 
+# ---------------------------------------------------------------------------------------------- One step of training
+
+def plain_step(learner, optimiser, scaler, autocast):
+    """step(inputs, rate) -> loss, top1: forward pass, backward pass and update."""
+    def step(inputs, rate):
+        optimiser.param_groups[0]["lr"] = rate
+        with autocast():
+            loss, top1 = learner(*inputs)
+        optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        return loss.detach(), top1
+    return step
+
+
+def captured_step(learner, optimiser, scaler, autocast, views):
+    """The same as a CUDA graph: its 300 launches are then one, for which a host that also runs the chain has the time. The
+    optimiser must be `capturable`; views (2B, 1, T) show the shape. Weights, statistics and optimiser are left as they are."""
+    inputs, rate, graph, warm = torch.randn_like(views), torch.zeros((), device=views.device), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    step = plain_step(learner, optimiser, scaler, autocast)
+    weights = {name: value.clone() for name, value in learner.state_dict().items()}
+    moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimiser.state.items()}
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm), warnings.catch_warnings():  # libraries choose their algorithms now
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")
+        for _ in range(3):
+            step([inputs], rate)
+    torch.cuda.current_stream().wait_stream(warm)
+    optimiser.zero_grad(set_to_none=True)  # the graph's gradients are its own
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        loss, top1 = step([inputs], rate)
+    learner.load_state_dict(weights)
+    for p, state in optimiser.state.items():
+        for key, value in state.items():  # in place: the graph holds these tensors
+            value.copy_(moments[p][key]) if p in moments else value.zero_()
+
+    def replay(given, now):
+        inputs.copy_(given[0])
+        rate.fill_(now)
+        graph.replay()
+        return loss, top1
+    return replay
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 def build_parser():
@@ -503,11 +551,13 @@ def train(args, clips, valid, Chain, model, device, amp):
     learner.to(device).train()
     if gpu and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= max(1, torch.cuda.device_count()):  # several share none
         clips.keep_on(device)  # if they fit; else a thread reads them ahead
-    optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True)
+    captured = gpu and size == 1 and not cpc and amp != "fp16"
+    optimiser = torch.optim.Adam(learner.parameters(), lr=args.lr, betas=(0.9, 0.999), fused=True, capturable=captured)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = {"learner": learner, "optimiser": optimiser, "scaler": scaler}
     for name in state if done else ():
         state[name].load_state_dict(checkpoint[name])
+    optimiser.param_groups[0].update(capturable=captured)  # as here, not as where the checkpoint was written
     parallel = learner if size == 1 else nn.parallel.DistributedDataParallel(
         learner, device_ids=[device.index] if gpu else None, broadcast_buffers=False)
 
@@ -525,7 +575,7 @@ def train(args, clips, valid, Chain, model, device, amp):
     local, crops = args.batch_size // size, 1 if cpc else 2  # pairs of this process, crops of a pair
     mine, augmented = slice(rank * local, (rank + 1) * local), 1 if args.asymmetric else crops
 
-    def make(step):
+    def drawn(step):
         """The crops, augmentation values and negatives of this process's rows of the global batch."""
         index, start = (table[mine, :crops].T.reshape(-1) for table in pairs.draw(step))  # first views, then second
         audio, values = clips.crops(index, start, pairs.n), generator(args.seed, "values", step)
@@ -538,24 +588,47 @@ def train(args, clips, valid, Chain, model, device, amp):
         audio, *negatives = (t.pin_memory() if gpu and not t.is_cuda else t for t in (audio, *negatives))
         return audio, draws, negatives
 
+    def augmented_views(audio, draws, negatives):
+        first, second = audio.to(device, non_blocking=True).tensor_split([augmented * local])
+        return torch.cat([chain(first, draws), second]), *(n.to(device, non_blocking=True) for n in negatives)
+
+    beside = torch.cuda.Stream(device, priority=-1) if gpu else None  # the chain's few and small kernels go between the network's
+    if gpu:
+        torch.backends.cudnn.benchmark = True  # all steps are of one shape, and the fastest algorithm is often not the first
+        beside.wait_stream(torch.cuda.current_stream())
+    parts = parallel, optimiser, scaler, lambda: model.autocast(device, amp)
+    take = captured_step(*parts, torch.empty(2 * local, 1, pairs.n, device=device)) if captured else plain_step(*parts)
+
+    def make(step):
+        """On a GPU the views themselves, made while the step before is computed; on a CPU the chain would take its cores."""
+        if not gpu:
+            return drawn(step)
+        with torch.cuda.stream(beside):
+            return augmented_views(*drawn(step)), beside.record_event()
+
+    def moment():
+        (event := torch.cuda.Event(enable_timing=True)).record()
+        return event
+
+    gaps, ended = [], None  # on a GPU: the ends of steps and the beginnings of the next, between which it waited for views
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
         for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
-            audio, draws, negatives = prefetch.get(step)
-            first, second = audio.to(device, non_blocking=True).tensor_split([augmented * local])
-            views = torch.cat([chain(first, draws), second])
-            rate = optimiser.param_groups[0]["lr"] = rate_at(step, args.lr, args.schedule, args.warmup, total)
-            with model.autocast(device, amp):
-                loss, top1 = parallel(views, *(n.to(device, non_blocking=True) for n in negatives))
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimiser)
-            scaler.update()
-            sums += torch.stack([loss.detach(), top1])
+            if gpu:
+                inputs, ready = prefetch.get(step)
+                torch.cuda.current_stream().wait_event(ready)
+                for tensor in inputs:
+                    tensor.record_stream(torch.cuda.current_stream())
+                gaps += [(ended, moment())] if ended else []
+            else:
+                inputs = augmented_views(*prefetch.get(step))
+            rate = rate_at(step, args.lr, args.schedule, args.warmup, total)
+            sums += torch.stack(take(inputs, rate))
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
+            ended = moment() if gpu and not (logs or saves or probes) else None
 
             # one small exchange a step: has anybody caught a signal, or lost its numbers? (one GPU is asked only when it must answer
             # anyway; with several, torch's SyncBatchNorm waits for them in every layer)
@@ -575,12 +648,13 @@ def train(args, clips, valid, Chain, model, device, amp):
                     dist.all_reduce(sums)
                 loss, top1 = (sums / size / (now - logged)).tolist()
                 elapsed = time.perf_counter() - began
+                waited = sum(a.elapsed_time(b) for a, b in gaps) / 1000 if gpu else prefetch.waited
                 if log:
                     log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(loss, 5),
                                "top1": round(top1, 4), "lr": rate, "pairs_per_s": round((now - logged) * args.batch_size / elapsed, 2),
-                               "wait": round(prefetch.waited / elapsed, 4)})
+                               "wait": round(waited / elapsed, 4)})
                 sums.zero_()
-                began, prefetch.waited, logged = time.perf_counter(), 0.0, now
+                began, prefetch.waited, gaps, logged = time.perf_counter(), 0.0, [], now
             if saves or stop:
                 if log:
                     content = {"step": now, "config": config} | {name: part.state_dict() for name, part in state.items()}

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def tiny_single(run, tiny_audio, tmp_path_factory):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
+    import augment
     import model
     import pretrain
     from pretend_gpu import CUDA, PretendGpu
@@ -111,6 +113,29 @@ def on_a_gpu(monkeypatch):
         def shutdown(self, cancel_futures=False):
             pass
 
+    class Stream:
+        def __init__(self, device=None, priority=0):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+        def record_event(self):
+            pass
+
+        def wait_event(self, event):
+            pass
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            pass
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 0.0
+
     def on_a_gpu(main, args):
         with PretendGpu() as gpu:
             return main([str(arg) for arg in args]), gpu
@@ -119,6 +144,14 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(model, "choose_amp", lambda device, amp="auto": "off")
     monkeypatch.setattr(model, "tune_allocator", lambda: None)
     monkeypatch.setattr(pretrain, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(pretrain, "captured_step", lambda *parts: pretrain.plain_step(*parts[:-1]))
+    monkeypatch.setattr(model, "gpu_kernels", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(augment, "_in_one_kernel", lambda device: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 36, 1 << 36))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
     monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda self: None)

@@ -160,6 +160,7 @@ def toy_run(rank, size, port, folder):
     if rank == 0:
         torch.save(results, f"{folder}/{size}.pt")
     if size > 1:
+        dist.barrier()  # nobody takes the group apart while another still works in it
         dist.destroy_process_group()
 
 
