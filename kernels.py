@@ -12,6 +12,7 @@ and the stem's output is written once and never read for its own sake (see model
 some hundred rows and then on in float64. Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T.
 """
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch.nn import functional as F
@@ -51,21 +52,30 @@ def _maxima(y, gamma, top, partial, rows, channels, chunk, POOL: tl.constexpr, R
 
 
 @triton.jit
-def _statistics(partial, gamma, beta, bias, running_mean, running_var, values, programs, rows, channels, chunk, momentum, eps,
-                POOL: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):
-    """values (4, C): mean, 1 / deviation, and the scale and shift that normalise; and the running statistics moved."""
+def _combine(partial, sums, programs, rows, channels, chunk, PIVOT: tl.constexpr, POOL: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums (2, C) float64 over all rows, of what the programs left in partial: with PIVOT from `_maxima`, else two plain sums."""
     p, c = tl.arange(0, PROGRAMS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    real, here = c < channels, (p < programs)[:, None] & (c < channels)[None, :]
+    here, plane = (p < programs)[:, None] & (c < channels)[None, :], programs * channels
     at = partial + p[:, None].to(tl.int64) * channels + c[None, :]
-    pivot = tl.load(at, mask=here, other=0.0).to(tl.float64)
-    total = tl.load(at + programs * channels, mask=here, other=0.0).to(tl.float64)
-    squares = tl.load(at + 2 * programs * channels, mask=here, other=0.0).to(tl.float64)
-    n = tl.maximum(tl.minimum(rows - p * chunk, chunk), 0).to(tl.float64)[:, None] * POOL
-    own = pivot + total / tl.maximum(n, 1.0)
-    count = (rows * POOL).to(tl.float64)
-    mean = tl.sum(n * own, 0) / count
-    away = own - mean[None, :]
-    var = tl.maximum(tl.sum(squares - total * total / tl.maximum(n, 1.0) + n * away * away, 0) / count, 0.0)
+    if PIVOT:
+        pivot = tl.load(at, mask=here, other=0.0).to(tl.float64)
+        at += plane
+    first, second = tl.load(at, mask=here, other=0.0).to(tl.float64), tl.load(at + plane, mask=here, other=0.0).to(tl.float64)
+    if PIVOT:
+        n = tl.maximum(tl.minimum(rows - p * chunk, chunk), 0).to(tl.float64)[:, None] * POOL
+        second += pivot * (2 * first + n * pivot)
+        first += n * pivot
+    tl.store(sums + c, tl.sum(first, 0), mask=c < channels)
+    tl.store(sums + channels + c, tl.sum(second, 0), mask=c < channels)
+
+
+@triton.jit
+def _statistics(sums, gamma, beta, bias, running_mean, running_var, values, count, unbiased, channels, momentum, eps, COLUMNS: tl.constexpr):
+    """values (4, C): mean, 1 / deviation, and the scale and shift that normalise; and the running statistics moved."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = c < channels
+    mean = tl.load(sums + c, mask=real, other=0.0) / count
+    var = tl.maximum(tl.load(sums + channels + c, mask=real, other=0.0) / count - mean * mean, 0.0)
     inverse = 1 / tl.sqrt(var + eps)
     scale = tl.load(gamma + c, mask=real, other=0.0).to(tl.float64) * inverse
     shift = tl.load(beta + c, mask=real, other=0.0).to(tl.float64) - mean * scale
@@ -73,7 +83,7 @@ def _statistics(partial, gamma, beta, bias, running_mean, running_var, values, p
     tl.store(values + channels + c, inverse.to(tl.float32), mask=real)
     tl.store(values + 2 * channels + c, scale.to(tl.float32), mask=real)
     tl.store(values + 3 * channels + c, shift.to(tl.float32), mask=real)
-    mean, var = mean + tl.load(bias + c, mask=real, other=0.0), var * count / tl.maximum(count - 1, 1.0)
+    mean, var = mean + tl.load(bias + c, mask=real, other=0.0), var * unbiased
     then = tl.load(running_mean + c, mask=real, other=0.0)
     tl.store(running_mean + c, (then + momentum * (mean - then)).to(tl.float32), mask=real)
     then = tl.load(running_var + c, mask=real, other=0.0)
@@ -113,19 +123,18 @@ def _gradient_sums(grad, top, values, partial, rows, channels, chunk, ROWS: tl.c
 
 
 @triton.jit
-def _slopes(partial, values, slopes, programs, count, channels, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):
-    """slopes (4, C): the gradients of gamma and beta, and the offset and slope of y's own gradient, offset + slope y."""
-    p, c = tl.arange(0, PROGRAMS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    real, here = c < channels, (p < programs)[:, None] & (c < channels)[None, :]
-    at = partial + p[:, None].to(tl.int64) * channels + c[None, :]
+def _slopes(own, sums, values, slopes, count, channels, COLUMNS: tl.constexpr):
+    """slopes (4, C): the gradients of gamma and beta from this process's own sums, and from all processes' the offset and slope
+    of y's gradient, offset + slope y."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    real = c < channels
     mean, inverse = tl.load(values + c, mask=real, other=0.0).to(tl.float64), tl.load(values + channels + c, mask=real, other=0.0).to(tl.float64)
     scale = tl.load(values + 2 * channels + c, mask=real, other=0.0).to(tl.float64)
-    dbeta = tl.sum(tl.load(at, mask=here, other=0.0).to(tl.float64), 0)
-    dgamma = tl.sum(tl.load(at + programs * channels, mask=here, other=0.0).to(tl.float64), 0) * inverse
-    slope = -scale * inverse * dgamma / count
-    tl.store(slopes + c, dgamma.to(tl.float32), mask=real)
-    tl.store(slopes + channels + c, dbeta.to(tl.float32), mask=real)
-    tl.store(slopes + 2 * channels + c, (-scale * dbeta / count - slope * mean).to(tl.float32), mask=real)
+    slope = -scale * inverse * inverse * tl.load(sums + channels + c, mask=real, other=0.0) / count
+    offset = -scale * tl.load(sums + c, mask=real, other=0.0) / count - slope * mean
+    tl.store(slopes + c, (tl.load(own + channels + c, mask=real, other=0.0) * inverse).to(tl.float32), mask=real)
+    tl.store(slopes + channels + c, tl.load(own + c, mask=real, other=0.0).to(tl.float32), mask=real)
+    tl.store(slopes + 2 * channels + c, offset.to(tl.float32), mask=real)
     tl.store(slopes + 3 * channels + c, slope.to(tl.float32), mask=real)
 
 
@@ -159,13 +168,25 @@ def _shape(rows, channels):
     return {"COLUMNS": columns, "ROWS": tile}, triton.cdiv(channels, columns), chunk, triton.cdiv(rows, chunk)
 
 
+def _sums(partial, rows, chunk, pool, over_processes):
+    """The sums (2, C) float64 of this process and of all of them."""
+    _, programs, channels = partial.shape
+    own = partial.new_empty(2, channels, dtype=torch.float64)
+    _combine[(triton.cdiv(channels, 4),)](partial, own, programs, rows, channels, chunk, PIVOT=len(partial) == 3, POOL=pool, PROGRAMS=PROGRAMS, COLUMNS=4, num_warps=8)
+    everybody = own.clone() if over_processes else own
+    if over_processes:
+        dist.all_reduce(everybody)
+    return own, everybody
+
+
 class BlockStep(torch.autograd.Function):
     """Convolution, batch norm in training, max-pool over `pool` (3, or 1: none) and ReLU: (B, C, 1, T) -> (B, C', 1, T / pool).
 
-    The bias moves the running mean alone; its gradient is zero. See model.TrainingStep for the formulas."""
+    With `over_processes` the statistics are those of all processes (section 3.2), which hold as many rows each. The bias moves
+    the running mean alone; its gradient is zero. See model.TrainingStep for the formulas."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, norm, pool, dtype):
+    def forward(ctx, x, weight, bias, gamma, beta, norm, pool, dtype, over_processes=False):
         x, w = x.to(dtype), weight.to(dtype)
         y = F.conv2d(x, w, padding=(0, 1)).permute(0, 2, 3, 1).contiguous()  # (B, 1, T, C'), as it lies in memory
         batch, _, steps, channels = y.shape
@@ -173,13 +194,15 @@ class BlockStep(torch.autograd.Function):
         sizes, across, chunk, programs = _shape(rows, channels)
         top, partial, values = y.new_empty(batch, 1, steps // pool, channels), gamma.new_empty(3, programs, channels), gamma.new_empty(4, channels)
         _maxima[(programs, across)](y, gamma, top, partial, rows, channels, chunk, POOL=pool, **sizes)
+        _, everybody = _sums(partial, rows, chunk, pool, over_processes)
+        ctx.count = rows * pool * (dist.get_world_size() if over_processes else 1)
         norm.num_batches_tracked += 1
-        _statistics[(triton.cdiv(channels, 4),)](partial, gamma, beta, bias, norm.running_mean, norm.running_var, values, programs, rows, channels,
-                                                 chunk, norm.momentum, norm.eps, POOL=pool, PROGRAMS=PROGRAMS, COLUMNS=4, num_warps=8)
+        _statistics[(triton.cdiv(channels, 128),)](everybody, gamma, beta, bias, norm.running_mean, norm.running_var, values, ctx.count,
+                                                   ctx.count / max(1, ctx.count - 1), channels, norm.momentum, norm.eps, COLUMNS=128)
         out = torch.empty_like(top)
         _normalise[(triton.cdiv(rows, sizes["ROWS"]), across)](top, values, out, rows, channels, **sizes)
         ctx.save_for_backward(x, w, y, top, values)
-        ctx.pool = pool
+        ctx.pool, ctx.over_processes = pool, over_processes
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -191,11 +214,12 @@ class BlockStep(torch.autograd.Function):
         sizes, across, chunk, programs = _shape(rows, channels)
         partial, slopes, dy = values.new_empty(2, programs, channels), torch.empty_like(values), torch.empty_like(y)
         _gradient_sums[(programs, across)](grad, top, values, partial, rows, channels, chunk, **sizes)
-        _slopes[(triton.cdiv(channels, 4),)](partial, values, slopes, programs, rows * ctx.pool, channels, PROGRAMS=PROGRAMS, COLUMNS=4, num_warps=8)
+        own, everybody = _sums(partial, rows, chunk, 1, ctx.over_processes)
+        _slopes[(triton.cdiv(channels, 128),)](own, everybody, values, slopes, ctx.count, channels, COLUMNS=128)
         _spread[(triton.cdiv(rows, sizes["ROWS"]), across)](y, grad, values, slopes, dy, rows, channels, POOL=ctx.pool, **sizes)
         dx, dw, _ = torch.ops.aten.convolution_backward(dy.permute(0, 3, 1, 2), x, w, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1,
                                                         [ctx.needs_input_grad[0], True, False])
-        return dx, dw.to(values.dtype), torch.zeros_like(slopes[0]), slopes[0], slopes[1], None, None, None
+        return dx, dw.to(values.dtype), torch.zeros_like(slopes[0]), slopes[0], slopes[1], None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------ The stem

@@ -113,7 +113,7 @@ class Block(nn.Sequential):
         on_cpu = x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu"))
         frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
         conv, norm, pool = self[0], self[1], 3 if len(self) == 4 else 1
-        in_kernels = x.is_cuda and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or self.over_processes or x.shape[3] % pool)
+        in_kernels = x.is_cuda and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or x.shape[3] % pool)
         kernels = gpu_kernels() if in_kernels else None
         if not kernels and (frozen or not (on_cpu or self.recompute)):
             return super().forward(x)
@@ -121,7 +121,7 @@ class Block(nn.Sequential):
         if x.shape[1] == 1:
             return StemStep.apply(x, *parameters, self.over_processes)
         if kernels:
-            return kernels.BlockStep.apply(x, *parameters, pool, half_or_full(x, conv.weight))
+            return kernels.BlockStep.apply(x, *parameters, pool, half_or_full(x, conv.weight), self.over_processes)
         return TrainingStep.apply(x, *parameters, len(self) == 4, self.recompute, self.over_processes)
 
 
@@ -464,7 +464,8 @@ def synchronise(module: nn.Module, device) -> nn.Module:
     for child in module.modules():
         if isinstance(child, Block):
             child.over_processes = dist.is_initialized()
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if torch.device(device).type == "cuda" else module
+    own_way = torch.device(device).type == "cpu" or gpu_kernels()  # the blocks' own passes
+    return module if own_way else nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def fold_batch_norm(encoder: nn.Module) -> nn.Module:

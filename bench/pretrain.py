@@ -3,6 +3,7 @@
     python bench/pretrain.py speed --out results/pretrain-speed.json                 # about ten minutes on two cores
     python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about eight minutes
     python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # 23 minutes at --width 0.25
+    python bench/pretrain.py gpu --out results/pretrain-gpu-step.json                # a step's parts on a GPU; half a minute
     python bench/pretrain.py whole --data mtat --max-steps 300 --log-every 20        # the whole script, on a GPU where there is one
 
 speed: a training step on ready-made noise (encoder, projector, NT-Xent, Adam). Each variant runs in a process of its own (the
@@ -19,6 +20,11 @@ must then equal, bit for bit, those of a run nobody touched. With one process an
 
 curves: the loss of the network (--width) over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
+
+gpu: a step of --batch-sizes (96) pairs of noise on a GPU, in bfloat16: the released network; ours by torch's layers; by kernels.py; as
+one CUDA graph, as pretrain.py runs it; in turn. And the chain alone on real draws, with its search as a kernel and without. Each part
+of the step by kernels is set against its roof: a large matrix product, or a large copy, in the same run; the bytes of a part are those
+it must read and write once.
 
 whole: the script itself on real clips, reading, chain, step and log included, on the device it chooses, in
 turn: as it is, with crops alone (what the chain costs), as two processes (on one GPU no test of speed, but of its batch statistics
@@ -242,6 +248,108 @@ def curves(args):
                        f"the next the float32 loss itself moves by {spread:.3f} (standard deviation)."}
 
 
+# ------------------------------------------------------------------------------------------------------------ gpu
+
+
+def least_bytes(batch, channels, samples):
+    """Bytes that each kernel of kernels.py must move in a step of so many views, bfloat16."""
+    total, steps = dict.fromkeys(("_stem", "_stem_sums", "_maxima", "_normalise", "_gradient_sums", "_spread"), 0), samples // 3
+    stem, rows = 2 * batch * steps * channels[0], 16 * batch * steps
+    total["_stem"] = total["_stem_sums"] = stem + rows
+    for i, c in enumerate(channels[1:]):
+        pool = 3 if i < 9 else 1
+        y, top = 2 * batch * steps * c, 2 * batch * steps * c // pool
+        for name, moved in {"_maxima": y + top, "_normalise": 2 * top, "_gradient_sums": 2 * top, "_spread": 2 * y + top}.items():
+            total[name] += moved
+        steps //= pool
+    return total
+
+
+def gpu(args):
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    import augment
+    import model
+    import pretrain
+
+    device, batch, steps = model.choose_device("cuda"), args.batch_sizes[0], max(args.steps, 10)
+    torch.backends.cudnn.benchmark = True
+    views, chain = torch.randn(2 * batch, 1, 59049, device=device) * 0.1, augment.Chain(22050)
+    draws = chain.draw(2 * batch, torch.Generator().manual_seed(0))
+
+    def milliseconds(function):
+        """By the GPU's clock, and how long the host was busy with it; of one call."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        began = time.perf_counter()
+        for _ in range(steps):
+            function()
+        host = (time.perf_counter() - began) / steps * 1e3
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / steps, host
+
+    def step_of(network, captured=False, released=False):
+        torch.manual_seed(0)
+        learner = pretrain.CLMR(network, model.Projector()).to(device).train()
+        adam = torch.optim.Adam(learner.parameters(), lr=3e-4, **({} if released else {"fused": True, "capturable": captured}))
+        parts = learner, adam, torch.amp.GradScaler("cuda", enabled=False), lambda: model.autocast(device, "bf16")
+        take = pretrain.captured_step(*parts, views) if captured else pretrain.plain_step(*parts)
+        return lambda: take([views], 3e-4)
+
+    own = model.gpu_kernels()
+    if not own:
+        raise RuntimeError("kernels.py cannot be used here; see the warning above")
+    variants = {"released network": (None, step_of(released_encoder(), released=True)), "by torch's layers": (None, step_of(model.build_encoder("samplecnn"))),
+                "by kernels.py": (own, step_of(model.build_encoder("samplecnn")))}
+    variants["as one graph"] = own, step_of(model.build_encoder("samplecnn"), captured=True)
+    in_one = augment._in_one_kernel
+    variants |= {"chain, its search in steps": (False, lambda: chain(views, draws)), "chain": (True, lambda: chain(views, draws))}
+    large, times = torch.empty(2, 1 << 29, device=device), {name: [] for name in variants}
+    a, b = torch.randn(2, 8192, 8192, device=device).bfloat16()
+    roofs = {"copy_TB_per_s": lambda ms: 2 * large[0].nbytes / ms / 1e9, "matmul_TFLOP_per_s": lambda ms: 2 * 8192**3 / ms / 1e9}
+    found = {name: [] for name in roofs}
+    for turn in range(args.rounds + 1):
+        for name, (how, function) in variants.items():
+            model.gpu_kernels, augment._in_one_kernel = (lambda: how), (in_one if how else lambda device: False)
+            taken = milliseconds(function)
+            times[name] += [taken] if turn else []  # the first turn warms up
+        for (name, of), function in zip(roofs.items(), (lambda: large[0].copy_(large[1]), lambda: a @ b)):
+            taken = milliseconds(function)[0]
+            found[name] += [of(taken)] if turn else []
+    model.gpu_kernels, augment._in_one_kernel = (lambda: own), in_one
+    roofs = {name: round(statistics.median(values), 2) for name, values in found.items()}
+    with profiler(activities=[ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            variants["by kernels.py"][1]()
+        torch.cuda.synchronize()
+    least, parts = least_bytes(2 * batch, model.SampleCNN.channels, 59049), {}
+    for event in profile.key_averages():
+        if event.self_device_time_total:
+            convolution = any(word in event.key for word in ("xmma", "cudnn", "cutlass", "gemm"))
+            part = event.key if event.key in least else "convolutions" if convolution else "all the rest"
+            parts[part] = parts.get(part, 0) + event.self_device_time_total / 1000 / steps
+    rows = []
+    for name, taken in times.items():
+        ms, host = (statistics.median(column) for column in zip(*taken))
+        rows.append({"what": name, "ms": round(ms, 2), "host ms": round(host, 2), "pairs / s": round(batch / ms * 1000), "n": len(taken) * steps,
+                     **({} if "chain" in name else {"TFLOP / s": round(batch * GFLOP_PER_PAIR / ms)})})
+        print(json.dumps(rows[-1]), flush=True)
+    under = []
+    for part, ms in sorted(parts.items(), key=lambda item: -item[1]):
+        rate = {"of": f"{batch * GFLOP_PER_PAIR / ms:.0f} TFLOP/s", "share": batch * GFLOP_PER_PAIR / ms / roofs["matmul_TFLOP_per_s"]} if part == "convolutions" else \
+            {"of": f"{least[part] / ms / 1e9:.2f} TB/s", "share": least[part] / ms / 1e9 / roofs["copy_TB_per_s"]} if part in least else {}
+        under.append({"part": part, "ms": round(ms, 3), "rate": rate.get("of", ""), "of its roof": f"{100 * rate['share']:.0f} %" if rate else ""})
+        print(json.dumps(under[-1]), flush=True)
+    table = [{"what": r["what"], "ms": r["ms"], "ms of the host": r["host ms"], "pairs / s": f"{r['pairs / s']:,}", "TFLOP / s": r.get("TFLOP / s", "")} for r in rows]
+    return {"roofs": roofs, "times": times, "rows": rows, "parts": under, "table": table,
+            "caption": f"{batch} pairs, bfloat16, on one {torch.cuda.get_device_name()}; medians of {args.rounds} turns of {steps}; by the GPU's clock, and how long the host was "
+                       f"busy. Roofs in the same run: {roofs['matmul_TFLOP_per_s']:.0f} TFLOP/s (matrix product), {roofs['copy_TB_per_s']:.2f} TB/s (copy)."}
+
+
 # ------------------------------------------------------------------------------------------------------------ whole
 
 MTAT_SONGS = 3_923  # of the training clips, by artist, album, track and title; one pair of each an epoch
@@ -296,10 +404,10 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["speed", "kills", "curves", "whole"], default="speed")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="speed (default: 16 48); of curves (16) and whole (96) the first")
-    parser.add_argument("--rounds", type=int, default=3, help="speed, whole: turns of every variant")
-    parser.add_argument("--steps", type=int, default=3, help="speed: timed steps per process, after one that is not timed")
+    parser.add_argument("what", nargs="?", choices=["speed", "kills", "curves", "gpu", "whole"], default="speed")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="speed (default: 16 48); of curves (16), gpu and whole (96) the first")
+    parser.add_argument("--rounds", type=int, default=3, help="speed, gpu, whole: turns of every variant")
+    parser.add_argument("--steps", type=int, default=3, help="speed: timed steps per process, after one that is not timed; gpu: of a turn, at least 10")
     parser.add_argument("--variants", nargs="+", default=["released", "ours", "recompute", "float32"], help="speed")
     parser.add_argument("--data", default="demo", help="kills, curves, whole: prepared data")
     parser.add_argument("--width", type=float, default=1.0, help="curves, whole: factor on all channels")
@@ -316,14 +424,14 @@ def main():
         print(json.dumps(globals()[function](variant, *(int(x) if x.isdigit() else x for x in rest))))
         return
     args = parser.parse_args()
-    args.batch_sizes = args.batch_sizes or {"whole": [96]}.get(args.what, [16, 48])
+    args.batch_sizes = args.batch_sizes or {"whole": [96], "gpu": [96]}.get(args.what, [16, 48])
     args.max_steps = args.max_steps or {"curves": 30, "whole": 100}.get(args.what, 5 * args.kills)
     import torch
 
     began = time.perf_counter()
     result = {"command": " ".join(["python", "bench/pretrain.py", *sys.argv[1:]]), "machine": machine(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              **{"speed": speed, "kills": kills, "curves": curves, "whole": whole}[args.what](args)}
+              **{"speed": speed, "kills": kills, "curves": curves, "gpu": gpu, "whole": whole}[args.what](args)}
     result["minutes"] = round((time.perf_counter() - began) / 60, 1)
     result["caption"] += f" torch {torch.__version__}; `{result['command']}`"
     if args.out:

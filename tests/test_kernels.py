@@ -1,0 +1,74 @@
+"""kernels.py and augment.py's kernel: by Triton's interpreter everywhere (interpreted.py), and on a GPU where there is one."""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+import pretrain
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("what", ["blocks", "constant_audio", "two_processes", "stem", "search"])
+def test_by_the_interpreter(tmp_path, what):
+    done = subprocess.run([sys.executable, HERE / "interpreted.py", what, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_without_triton_the_layers_are_taken_and_it_is_said(monkeypatch):
+    model.gpu_kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    with pytest.warns(UserWarning, match="torch's own layers.*triton"):
+        assert model.gpu_kernels() is None
+    model.gpu_kernels.cache_clear()
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels on a GPU; there is none here")
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("amp, tolerance", [("off", 2e-3), ("bf16", 0.5)])
+def test_the_network_by_kernels_is_the_network(amp, tolerance):
+    """Gradients against float64 layers. Rounding moves some maxima and closes some ReLUs, which is most of a gradient's error."""
+    torch.manual_seed(0)
+    device = model.choose_device("cuda")
+    base = pretrain.CLMR(model.build_encoder("samplecnn", width=0.25), model.Projector(128)).train()
+    x = torch.randn(8, 1, 59049) * 0.1
+    exact, ours = copy.deepcopy(base).double(), copy.deepcopy(base).to(device)
+    assert model.gpu_kernels()
+    want, _ = exact(x.double())  # on the CPU
+    want.backward()
+    with model.autocast(device, amp):
+        loss, _ = ours(x.to(device))
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5 if amp == "off" else 2e-2)
+    errors = [((p.grad.cpu().double() - q.grad).norm() / q.grad.norm()).item() for (name, p), q in zip(ours.named_parameters(), exact.parameters())
+              if not name.endswith("0.bias")]
+    assert sorted(errors)[len(errors) // 2] < tolerance / 20 + (amp != "off") * 0.4 and max(errors) < 10 * tolerance, errors
+    for p, q in zip(ours.buffers(), exact.buffers()):
+        assert torch.allclose(p.cpu().double(), q.double(), rtol=1e-3 if amp == "off" else 5e-2, atol=1e-4 if amp == "off" else 5e-3)
+
+
+@needs_a_gpu
+def test_a_captured_step_is_a_plain_one_and_leaves_what_it_is_given():
+    device, batches = model.choose_device("cuda"), [torch.randn(8, 1, 59049, generator=torch.Generator().manual_seed(i)) * 0.1 for i in range(3)]
+    losses = {}
+    for captured in (False, True):
+        torch.manual_seed(0)
+        learner = pretrain.CLMR(model.build_encoder("samplecnn", width=0.25), model.Projector(128)).to(device).train()
+        before = {k: v.clone() for k, v in learner.state_dict().items()}
+        adam = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True, capturable=captured)
+        parts = learner, adam, torch.amp.GradScaler("cuda", enabled=False), lambda: model.autocast(device, "off")
+        take = pretrain.captured_step(*parts, batches[0].to(device)) if captured else pretrain.plain_step(*parts)
+        assert all(torch.equal(v, before[k]) for k, v in learner.state_dict().items())
+        losses[captured] = [[value.item() for value in take([x.to(device)], 1e-3)] for x in batches]
+        if captured:  # continued: the graph keeps the moments of an optimiser that has some
+            again = pretrain.captured_step(*parts, batches[0].to(device))
+            losses["again"] = again([batches[0].to(device)], 0.0)[0].item()
+            assert losses["again"] == pytest.approx(take([batches[0].to(device)], 0.0)[0].item(), rel=1e-4)
+    assert losses[True] == [pytest.approx(pair, rel=1e-3) for pair in losses[False]]
