@@ -10,7 +10,7 @@ The same command again continues where the run stopped; a finished run says so. 
   encoder.pt      the encoder alone, for evaluate.py and transfer.py
   log.jsonl       first the command, versions and configuration, then one object per log step:
                   step, epoch, pairs (seen so far), loss, top1 (share of views whose nearest view is their partner), lr,
-                  pairs_per_s, wait (share of the time spent waiting for audio); every --probe-every steps: probe
+                  pairs_per_s, wait (share of the time spent waiting for views); every --probe-every steps: probe
   curves.png      by --plot
 
 The *global* batch of step s - songs, crops, augmentation values - is a function of (seed, s) alone. Every process draws
@@ -394,7 +394,9 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
         return torch.cat([encoder(w.to(device)).double().cpu() for w in windows]).numpy(), clips.labels[rows]
 
     encoder.eval()
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for a few batches: its trials take 30 GiB
     (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
+    torch.backends.cudnn.benchmark = benchmark
     encoder.train(training)
     mean, std = x.mean(0), x.std(0, ddof=1).clip(1e-9)
     scores = Ridge(alpha=len(x)).fit((x - mean) / std, y).predict((v - mean) / std).reshape(truth.shape)
@@ -441,7 +443,7 @@ def captured_step(learner, optimiser, scaler, autocast, views):
         for key, value in state.items():  # in place: the graph holds these tensors
             value.copy_(moments[p][key]) if p in moments else value.zero_()
 
-    def replay(given, now):
+    def replay(given, now, needed=(learner, optimiser)):  # the graph holds the addresses of their tensors, not the tensors
         inputs.copy_(given[0])
         rate.fill_(now)
         graph.replay()
@@ -607,16 +609,18 @@ def train(args, clips, valid, Chain, model, device, amp):
             return augmented_views(*drawn(step)), beside.record_event()
 
     def moment():
-        (event := torch.cuda.Event(enable_timing=True)).record()
+        (event := torch.cuda.Event(enable_timing=True, blocking=True)).record()
         return event
 
-    gaps, ended = [], None  # on a GPU: the ends of steps and the beginnings of the next, between which it waited for views
+    gaps, ended, behind = [], None, []  # on a GPU: ends of steps and beginnings of the next, in between it waited; steps not waited for
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
         for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
             if gpu:
+                if len(behind) == 8:  # enough to keep it busy; without a limit the views of steps to come fill its memory
+                    behind.pop(0).synchronize()
                 inputs, ready = prefetch.get(step)
                 torch.cuda.current_stream().wait_event(ready)
                 for tensor in inputs:
@@ -628,7 +632,8 @@ def train(args, clips, valid, Chain, model, device, amp):
             sums += torch.stack(take(inputs, rate))
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
-            ended = moment() if gpu and not (logs or saves or probes) else None
+            behind += [moment()] if gpu else []
+            ended = behind[-1] if gpu and not (logs or saves or probes) else None
 
             # one small exchange a step: has anybody caught a signal, or lost its numbers? (one GPU is asked only when it must answer
             # anyway; with several, torch's SyncBatchNorm waits for them in every layer)

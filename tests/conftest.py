@@ -127,10 +127,13 @@ def on_a_gpu(monkeypatch):
             pass
 
     class Event:
-        def __init__(self, enable_timing=False):
+        def __init__(self, enable_timing=False, blocking=False):
             pass
 
         def record(self):
+            pass
+
+        def synchronize(self):
             pass
 
         def elapsed_time(self, other):

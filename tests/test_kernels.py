@@ -32,26 +32,29 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs ker
 
 
 @needs_a_gpu
-@pytest.mark.parametrize("amp, tolerance", [("off", 2e-3), ("bf16", 0.5)])
-def test_the_network_by_kernels_is_the_network(amp, tolerance):
-    """Gradients against float64 layers. Rounding moves some maxima and closes some ReLUs, which is most of a gradient's error."""
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_network_by_kernels_is_as_near_to_float64_as_by_layers(amp, monkeypatch):
+    """Gradients and statistics. Rounding moves some maxima and closes some ReLUs: that is most of the error, of both ways alike."""
     torch.manual_seed(0)
-    device = model.choose_device("cuda")
+    device, kernels = model.choose_device("cuda"), model.gpu_kernels()
+    assert kernels
     base = pretrain.CLMR(model.build_encoder("samplecnn", width=0.25), model.Projector(128)).train()
-    x = torch.randn(8, 1, 59049) * 0.1
-    exact, ours = copy.deepcopy(base).double(), copy.deepcopy(base).to(device)
-    assert model.gpu_kernels()
+    x, exact, errors = torch.randn(16, 1, 59049) * 0.1, copy.deepcopy(base).double(), {}
     want, _ = exact(x.double())  # on the CPU
     want.backward()
-    with model.autocast(device, amp):
-        loss, _ = ours(x.to(device))
-    loss.backward()
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5 if amp == "off" else 2e-2)
-    errors = [((p.grad.cpu().double() - q.grad).norm() / q.grad.norm()).item() for (name, p), q in zip(ours.named_parameters(), exact.parameters())
-              if not name.endswith("0.bias")]
-    assert sorted(errors)[len(errors) // 2] < tolerance / 20 + (amp != "off") * 0.4 and max(errors) < 10 * tolerance, errors
-    for p, q in zip(ours.buffers(), exact.buffers()):
-        assert torch.allclose(p.cpu().double(), q.double(), rtol=1e-3 if amp == "off" else 5e-2, atol=1e-4 if amp == "off" else 5e-3)
+    for way in (None, kernels):
+        monkeypatch.setattr(model, "gpu_kernels", lambda: way)
+        ours = copy.deepcopy(base).to(device)
+        with model.autocast(device, amp):
+            loss, _ = ours(x.to(device))
+        loss.backward()
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5 if amp == "off" else 2e-2)
+        pairs = [(p.grad, q.grad) for (name, p), q in zip(ours.named_parameters(), exact.parameters()) if not name.endswith("0.bias")]
+        pairs += [(p, q) for (name, p), q in zip(ours.named_buffers(), exact.buffers()) if "running" in name]
+        errors[way] = sorted(((p.cpu().double() - q).norm() / q.norm()).item() for p, q in pairs)
+    middle = len(pairs) // 2
+    assert errors[kernels][middle] < 1.5 * errors[None][middle] + 1e-6 and errors[kernels][-1] < 3 * errors[None][-1] + 1e-5, errors
+    assert amp != "off" or errors[kernels][middle] < 1e-4
 
 
 @needs_a_gpu
@@ -66,9 +69,9 @@ def test_a_captured_step_is_a_plain_one_and_leaves_what_it_is_given():
         parts = learner, adam, torch.amp.GradScaler("cuda", enabled=False), lambda: model.autocast(device, "off")
         take = pretrain.captured_step(*parts, batches[0].to(device)) if captured else pretrain.plain_step(*parts)
         assert all(torch.equal(v, before[k]) for k, v in learner.state_dict().items())
-        losses[captured] = [[value.item() for value in take([x.to(device)], 1e-3)] for x in batches]
+        losses[captured] = [take([x.to(device)], 1e-3)[0].item() for x in batches]
         if captured:  # continued: the graph keeps the moments of an optimiser that has some
             again = pretrain.captured_step(*parts, batches[0].to(device))
             losses["again"] = again([batches[0].to(device)], 0.0)[0].item()
             assert losses["again"] == pytest.approx(take([batches[0].to(device)], 0.0)[0].item(), rel=1e-4)
-    assert losses[True] == [pytest.approx(pair, rel=1e-3) for pair in losses[False]]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
