@@ -4,7 +4,7 @@
     python model.py --encoder cpc
     python model.py --ckpt runs/mtat/encoder.pt --out exported/      # encoder.ts and encoder.pt2 with their sidecars
 
-This file needs torch alone. Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
+This file needs torch alone; for training on a GPU it uses model_gpu.py, if that lies beside it. Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
 
 An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has `name` and `sizes`.
 
@@ -104,18 +104,20 @@ class Block(nn.Sequential):
     """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T').
 
     Training on a CPU in float32 or float64 goes through `StemStep` and `TrainingStep`: the same numbers, exact statistics,
-    less time and memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass."""
+    less time and memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass.
+    On a GPU training goes through `StemStep` and model_gpu.BlockStep, a third of the time."""
 
     recompute = False
     over_processes = False  # statistics over all processes; set by `synchronise`
 
     def forward(self, x):
-        on_cpu = x.device.type == "cpu" and (self.over_processes or not torch.is_autocast_enabled("cpu"))
+        synchronised = self.over_processes and not isinstance(self[1], nn.SyncBatchNorm)
+        own_way = synchronised or self.recompute or x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
         conv, norm, pool = self[0], self[1], 3 if len(self) == 4 else 1
         in_kernels = x.is_cuda and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or x.shape[3] % pool)
         kernels = gpu_kernels() if in_kernels else None
-        if not kernels and (frozen or not (on_cpu or self.recompute)):
+        if not kernels and (frozen or not own_way):
             return super().forward(x)
         parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
         if x.shape[1] == 1:
@@ -127,14 +129,14 @@ class Block(nn.Sequential):
 
 @functools.lru_cache(maxsize=1)
 def gpu_kernels():
-    """kernels.py, a GPU's faster way through the blocks; None, and a warning, where it cannot be used."""
+    """model_gpu.py, a GPU's faster way through the blocks; None, and a warning, where it cannot be used."""
     try:
-        import kernels
-        kernels.stem_moments(torch.ones(2, 4, device="cuda"))
-        return kernels
+        import model_gpu
+        model_gpu.stem_moments(torch.ones(2, 4, device="cuda"))
+        return model_gpu
     except Exception as error:  # no Triton; no C compiler, which Triton needs; a GPU it does not know: all of types of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"training on this GPU goes through torch's own layers, at a third of the speed: kernels.py cannot be used ({reason})", stacklevel=2)
+        warnings.warn(f"training on this GPU goes through torch's own layers, at a third of the speed: model_gpu.py cannot be used ({reason})", stacklevel=2)
 
 
 def as_rows(image):

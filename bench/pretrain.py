@@ -21,7 +21,7 @@ must then equal, bit for bit, those of a run nobody touched. With one process an
 curves: the loss of the network (--width) over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
 
-gpu: a step of --batch-sizes (96) pairs of noise on a GPU, in bfloat16: the released network; ours by torch's layers; by kernels.py; as
+gpu: a step of --batch-sizes (96) pairs of noise on a GPU, in bfloat16: the released network; ours by torch's layers; by model_gpu.py; as
 one CUDA graph, as pretrain.py runs it; in turn. And the chain alone on real draws, with its search as a kernel and without. Each part
 of the step by kernels is set against its roof: a large matrix product, or a large copy, in the same run; the bytes of a part are those
 it must read and write once.
@@ -252,7 +252,7 @@ def curves(args):
 
 
 def least_bytes(batch, channels, samples):
-    """Bytes that each kernel of kernels.py must move in a step of so many views, bfloat16."""
+    """Bytes that each kernel of model_gpu.py must move in a step of so many views, bfloat16."""
     total, steps = dict.fromkeys(("_stem", "_stem_sums", "_maxima", "_normalise", "_gradient_sums", "_spread"), 0), samples // 3
     stem, rows = 2 * batch * steps * channels[0], 16 * batch * steps
     total["_stem"] = total["_stem_sums"] = stem + rows
@@ -302,9 +302,9 @@ def gpu(args):
 
     own = model.gpu_kernels()
     if not own:
-        raise RuntimeError("kernels.py cannot be used here; see the warning above")
+        raise RuntimeError("model_gpu.py cannot be used here; see the warning above")
     variants = {"released network": (None, step_of(released_encoder(), released=True)), "by torch's layers": (None, step_of(model.build_encoder("samplecnn"))),
-                "by kernels.py": (own, step_of(model.build_encoder("samplecnn")))}
+                "by model_gpu.py": (own, step_of(model.build_encoder("samplecnn")))}
     variants["as one graph"] = own, step_of(model.build_encoder("samplecnn"), captured=True)
     in_one = augment._in_one_kernel
     variants |= {"chain, its search in steps": (False, lambda: chain(views, draws)), "chain": (True, lambda: chain(views, draws))}
@@ -324,7 +324,7 @@ def gpu(args):
     roofs = {name: round(statistics.median(values), 2) for name, values in found.items()}
     with profiler(activities=[ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
-            variants["by kernels.py"][1]()
+            variants["by model_gpu.py"][1]()
         torch.cuda.synchronize()
     least, parts = least_bytes(2 * batch, model.SampleCNN.channels, 59049), {}
     for event in profile.key_averages():
@@ -361,7 +361,7 @@ def whole(args):
     import model
     from pretrain import read_log
 
-    gpu, rows, chosen = torch.cuda.is_available(), [], model.choose_amp(model.choose_device())
+    gpu, chosen = torch.cuda.is_available(), model.choose_amp(model.choose_device())
     cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "two processes": (2, []),
              **{f"--amp {amp}": (1, ["--amp", amp]) for amp in ("off", *(["fp16"] if gpu else [])) if amp != chosen}}
     runs = {case: [] for case in cases}
@@ -385,13 +385,19 @@ def whole(args):
                                "loss": steps[-1]["loss"], "peak_gib": log[-1]["peak_gib"], "amp": head["config"]["amp"], "device": head["device"],
                                "busy": statistics.median(busy[len(busy) // 2 :]) if busy else None})
             print(json.dumps({"case": case, **runs[case][-1]}), flush=True)
+    where = torch.cuda.get_device_name() if gpu else f"{machine()['cpu']}, {os.cpu_count()} cores"
+    return {"runs": runs, "table": summary(runs), "caption": f"pretrain.py on {args.data}, {args.max_steps} steps of {args.batch_sizes[0]} pairs, width {args.width:g}, on {where}; "
+                                                             f"{args.rounds} turns."}
+
+
+def summary(runs):
+    rows = []
     for case, found in runs.items():
         rate = statistics.median(r for run in found for r in run["rates"])
-        rows.append({"run": case, "precision": found[0]["amp"], "pairs / s": round(rate, 1), "1,000 epochs of MTAT": f"{1000 * MTAT_SONGS / rate / 3600:.1f} h",
-                     "waiting for audio": f"{100 * statistics.median(run['wait'] for run in found):.1f} %", "peak GiB": found[0]["peak_gib"],
-                     "last loss": round(found[0]["loss"], 3), **({"busy": f"{statistics.median(run['busy'] for run in found):.0f} %"} if gpu else {})})
-    where = torch.cuda.get_device_name() if gpu else f"{machine()['cpu']}, {os.cpu_count()} cores"
-    return {"runs": runs, "caption": f"pretrain.py on {args.data}, {args.max_steps} steps of {args.batch_sizes[0]} pairs, width {args.width:g}, on {where}; {args.rounds} turns.", "table": rows}
+        rows.append({"run": case, "precision": found[0]["amp"], "pairs / s": f"{rate:,.0f}" if rate > 100 else round(rate, 1), "1,000 epochs of MTAT, hours": round(1000 * MTAT_SONGS / rate / 3600, 2),
+                     "waiting for views": f"{100 * statistics.median(run['wait'] for run in found):.1f} %", "peak GiB": found[0]["peak_gib"],
+                     "last loss": round(found[0]["loss"], 3), **({"busy": f"{statistics.median(run['busy'] for run in found):.0f} %"} if found[0]["busy"] is not None else {})})
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ program

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import augment
-import kernels
 import model
+import model_gpu
 
 
 def close(got, want, tolerance=2e-6):
@@ -35,7 +35,7 @@ def block_like(c_in, c_out, pool):
 
 
 def step(block, x, pool, dtype=torch.float32, over_processes=False):
-    return kernels.BlockStep.apply(x, block[0].weight, block[0].bias, block[1].weight, block[1].bias, block[1], pool, dtype, over_processes)
+    return model_gpu.BlockStep.apply(x, block[0].weight, block[0].bias, block[1].weight, block[1].bias, block[1], pool, dtype, over_processes)
 
 
 def compare(block, reference, x, x_reference, tolerance=2e-6):
@@ -108,13 +108,13 @@ def two_processes(folder):
 def stem(folder):
     torch.manual_seed(0)
     rows = torch.cat([torch.ones(5000, 1), torch.randn(5000, 3).cumsum(0) * 0.01 + 0.5], 1)  # neighbours alike, as in music
-    close(kernels.stem_moments(rows), rows.double().T @ rows.double(), 1e-6)
+    close(model_gpu.stem_moments(rows), rows.double().T @ rows.double(), 1e-6)
     folded, shift, grad = torch.randn(3, 24), torch.randn(24) * 0.1, torch.randn(5000, 24)
     out = torch.full((5000, 24), float("nan"))
-    kernels.stem(rows, folded, shift, out)
+    model_gpu.stem(rows, folded, shift, out)
     want = (rows[:, 1:].double() @ folded.double() + shift.double()).relu()
     close(out, want)
-    close(kernels.stem_sums(rows, grad, folded, shift), rows.double().T @ (grad * (want > 0)).double())
+    close(model_gpu.stem_sums(rows, grad, folded, shift), rows.double().T @ (grad * (want > 0)).double())
 
 
 def search(folder):

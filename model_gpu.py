@@ -1,9 +1,9 @@
 """The training pass of SampleCNN's blocks on a GPU: what lies between the convolutions, as Triton kernels.
 
 Optional: model.py uses this file where it lies beside it, on a GPU and with Triton (which comes with torch for Linux); without
-it the same numbers come from torch's layers, in four times the time. The arithmetic of a step of 96 pairs takes an H200 3 ms,
-all in convolutions; torch's layers then spend 30 ms on moving memory, for each of bias, batch norm, max-pool and ReLU, forward
-and backward, reads and writes tensors of a gigabyte. Here a block's output y of the convolution is read
+it the same numbers come from torch's layers, in four times the time (results/pretrain-gpu-step.json). The arithmetic of a step
+of 96 pairs takes an H200 3 ms, all in convolutions; torch's layers spend 30 ms more on moving memory, for bias, batch norm,
+max-pool and ReLU each read and write tensors of a gigabyte, forward and backward. Here a convolution's output y is read
 
     forward    once, for the sums that batch norm needs, and for the maxima, a third of the numbers, that are normalised after it
     backward   once, for its own gradient; the sums that this needs come from the maxima

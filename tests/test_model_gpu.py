@@ -1,4 +1,4 @@
-"""kernels.py and augment.py's kernel: by Triton's interpreter everywhere (interpreted.py), and on a GPU where there is one."""
+"""model_gpu.py and augment.py's kernel: by Triton's interpreter everywhere (interpreted.py), and on a GPU where there is one."""
 import copy
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_by_the_interpreter(tmp_path, what):
 def test_without_triton_the_layers_are_taken_and_it_is_said(monkeypatch):
     model.gpu_kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "model_gpu", raising=False)
     with pytest.warns(UserWarning, match="torch's own layers.*triton"):
         assert model.gpu_kernels() is None
     model.gpu_kernels.cache_clear()
