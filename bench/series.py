@@ -5,7 +5,7 @@
     python bench/series.py labels --data moods --ckpt runs/moods/encoder.pt                      # Figure 4
     python bench/series.py ablation --data moods --width 0.5 --steps 300                         # Table 2
     python bench/series.py methods --data moods --width 0.5 --steps 300                          # CPC, losses, batch sizes
-    python bench/series.py numbers --data moods                             # which numbers to expect: the paper's, and ours
+    python bench/series.py numbers --data moods --log results/moods-gpu.jsonl --where "one H200"     # which numbers to expect: the paper's, and ours
 
 All names of data are prepared folders. Every stage is skipped when it is there, so an interrupted series continues with the same
 command. Rows of one series (but `curve`, where steps are what varies) have equal budgets: pairs seen, or, for CPC against CLMR, seconds of pre-training. Each row is probed
@@ -206,13 +206,13 @@ def numbers(args):
              ("untrained SampleCNN", "evaluate.py --data mtat --random", "- / 15.4")]
     table = [{"data": "MagnaTagATune, all clips", "what": what, "type": f"`{command}`", "the paper": value, "here": "not run"}
              for what, command, value in paper]
-    result, cost = json.loads(Path("results", f"{args.data}.json").read_text()), log_of(Path("results", f"{args.data}-pretrain.jsonl"))
+    result, cost = json.loads(Path("results", f"{args.data}.json").read_text()), log_of(args.log)
     for r in result["results"]:
         if r["fraction"] in (0.1, 1.0):
             values = (f"{100 * r['mean'][m]:.1f} ± {100 * (r['interval'][m][1] - r['interval'][m][0]) / 2:.1f}" for m in ("roc_auc", "pr_auc"))
             table.append({"data": args.data, "what": f"{r['model']}, {100 * r['fraction']:g} % of the labels", "the paper": "-", "here": " / ".join(values),
-                          "type": f"`evaluate.py --ckpt runs/{args.data}/encoder.pt --random --fraction 0.1 1 --amp {result['protocol']['amp']}`",
-                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['hours']:g} h at {cost['pairs_per_s']:g} pairs/s on two cores ({cost['amp']})"})
+                          "type": f"`evaluate.py --ckpt {result['protocol']['ckpt']} --random --fraction 0.1 1 --amp {result['protocol']['amp']}`",
+                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['pairs'] / cost['pairs_per_s'] / 60:.0f} min at {cost['pairs_per_s']:,.0f} pairs/s on {args.where} ({cost['amp']})"})
     note = "ROC-AUC / PR-AUC in percent. ± is half of the 95 % interval over test songs; another test set of this size may differ by 1.4 times as much."
     out = args.out or Path("results/numbers.json")
     out.write_text(json.dumps({"caption": note, "table": table}, indent=1, ensure_ascii=False) + "\n")
@@ -226,6 +226,8 @@ def main():
     parser.add_argument("--other", help="domains: other music to pre-train on")
     parser.add_argument("--both", help="domains: both together, prepared as one")
     parser.add_argument("--ckpt", type=Path, help="labels: the encoder")
+    parser.add_argument("--log", type=Path, help="numbers: of the encoder's training")
+    parser.add_argument("--where", default="two cores", help="numbers: what that ran on")
     parser.add_argument("--supervised", type=int, default=0, metavar="SEEDS", help="labels: also so many networks trained end to end (hours on a CPU)")
     parser.add_argument("--supervised-fraction", nargs="+", help="labels: of these (default: of --fraction)")
     parser.add_argument("--fraction", nargs="+", default=["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"], help="labels")
@@ -240,6 +242,8 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON (default: results/WHAT.json)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
+    if args.what == "numbers" and not args.log:
+        parser.error("numbers needs --log FILE")
     if args.what == "labels" and not args.ckpt:
         parser.error("labels needs --ckpt FILE")
     try:
