@@ -1,4 +1,5 @@
 """The augmentations of CLMR as one batched, exact and fast chain in plain torch, 2.9 or later (paper, section 3.1).
+On a GPU one loop of it is a Triton kernel, where Triton works; without it the chain is five times slower there.
 
     python augment.py song.wav --out listen/          # hear each transform alone and three full chains
 
@@ -274,6 +275,8 @@ def _overlap_add(x: Tensor, ratio: Tensor, sample_rate: int) -> Tensor:
 def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: int, sample_rate: int) -> Tensor:
     """Where each segment starts in the input, (B, S), the first one at start (B,): each at most SEARCH from its own
     time (front + s hop), where it is most like what would have come next. One after the other, all examples at once."""
+    if segments == 1:
+        return start[:, None]
     batch, device = len(padded), padded.device
     hop, fade, search = (round(seconds * sample_rate) for seconds in (SEGMENT, FADE, SEARCH))
     phases = 16                                                        # lag = phases q + p with q < count, p < phases
@@ -333,7 +336,7 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
 @lru_cache(maxsize=8)
 def _in_one_kernel(device: torch.device) -> bool:
     """Whether the loop of `_starts` is one kernel on device: on a GPU, if Triton works there (it comes with torch for Linux,
-    and needs a C compiler). As torch's own it is 1,300 launches one after the other, and takes six times as long as the chain."""
+    and needs a C compiler and Python's headers). As torch's own it is 1,300 launches one after the other, and takes six times as long as the chain."""
     if device.type != "cuda":
         return False
     try:
@@ -440,7 +443,7 @@ def _kernel(fraction: Tensor, taps: int) -> Tensor:
 def _kernel_table(taps: int, device: torch.device) -> Tensor:
     t = torch.arange(taps) - (taps // 2 - 1) - torch.arange(FRACTIONS + 1, dtype=torch.float64)[:, None] / FRACTIONS
     weights = torch.sinc(t) * torch.special.i0(4.5 * (1 - (t / (taps / 2)).square()).clamp_min(0).sqrt())
-    return _send((weights / weights.sum(1, keepdim=True)).float(), device)
+    return (weights / weights.sum(1, keepdim=True)).float().to(device)         # waits, once: other streams will read it
 
 
 # ------------------------------------------------------------------------------------------------ reverb
@@ -515,7 +518,7 @@ def _circle(sample_rate: int, n: int, device: torch.device) -> tuple[Tensor, ...
         all_passes *= (1.5 * z - 1) / (1 - 0.5 * z)
     weight = torch.exp(turns * (-n * log_rho)).float()
     tables = weight, *(t.to(torch.complex64) for t in (phases, torch.exp(-log_z), all_passes))
-    return tuple(_send(t, device) for t in tables)
+    return tuple(t.to(device) for t in tables)                                  # waits, once: other streams will read it
 
 
 # ------------------------------------------------------------------------------------------------ the chain

@@ -115,16 +115,18 @@ class Block(nn.Sequential):
         own_way = synchronised or self.recompute or x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
         conv, norm, pool = self[0], self[1], 3 if len(self) == 4 else 1
-        in_kernels = x.is_cuda and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or x.shape[3] % pool)
-        kernels = gpu_kernels() if in_kernels else None
-        if not kernels and (frozen or not own_way):
-            return super().forward(x)
+        in_kernels = x.is_cuda and type(norm) is nn.BatchNorm2d and norm.weight.dtype == torch.float32
+        in_kernels = in_kernels and not (frozen or self.recompute or x.shape[3] % pool)
         parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
-        if x.shape[1] == 1:
-            return StemStep.apply(x, *parameters, self.over_processes)
-        if kernels:
-            return kernels.BlockStep.apply(x, *parameters, pool, half_or_full(x, conv.weight), self.over_processes)
-        return TrainingStep.apply(x, *parameters, len(self) == 4, self.recompute, self.over_processes)
+        with torch.cuda.device(x.device) if in_kernels else contextlib.nullcontext():  # Triton launches on the current one
+            kernels = gpu_kernels() if in_kernels else None
+            if not kernels and (frozen or not own_way):
+                return super().forward(x)
+            if x.shape[1] == 1:
+                return StemStep.apply(x, *parameters, self.over_processes)
+            if kernels:
+                return kernels.BlockStep.apply(x, *parameters, pool, half_or_full(x, conv.weight), self.over_processes)
+            return TrainingStep.apply(x, *parameters, len(self) == 4, self.recompute, self.over_processes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -134,7 +136,7 @@ def gpu_kernels():
         import model_gpu
         model_gpu.stem_moments(torch.ones(2, 4, device="cuda"))
         return model_gpu
-    except Exception as error:  # no Triton; no C compiler, which Triton needs; a GPU it does not know: all of types of their own
+    except Exception as error:  # no Triton; no C compiler or headers of Python, which it needs; an unknown GPU: all of types of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"training on this GPU goes through torch's own layers, at a third of the speed: model_gpu.py cannot be used ({reason})", stacklevel=2)
 
@@ -170,7 +172,7 @@ class StemStep(torch.autograd.Function):
     """The stem's forward and backward pass in training, without writing down anything large but its output.
 
     Its windows r of 3 samples do not overlap, so the convolution is y = W r, and a channel's mean and variance over the batch
-    follow from the mean and the 3 x 3 covariance of the windows: W E[r] and W Cov[r] W^T (taken in float64, and over all
+    follow from the mean and the 3 x 3 covariance of the windows: W E[r] and W Cov[r] W^T (summed up in float64, and over all
     processes). Normalising is then part of the one product. Backward, all gradients follow from sums over g and g r^T, where
     g is the incoming gradient where the ReLU was open. Rows: N = B T of (1, r), (N, 4)."""
 

@@ -9,7 +9,7 @@ max-pool and ReLU each read and write tensors of a gigabyte, forward and backwar
     backward   once, for its own gradient; the sums that this needs come from the maxima
 
 and the stem's output is written once and never read for its own sake (see model.StemStep). Sums are taken in float32 over
-some hundred rows and then on in float64. Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T.
+some thousand rows at most, and then on in float64. Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T.
 """
 import torch
 import torch.distributed as dist
@@ -75,7 +75,8 @@ def _statistics(sums, gamma, beta, bias, running_mean, running_var, values, coun
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     real = c < channels
     mean = tl.load(sums + c, mask=real, other=0.0) / count
-    var = tl.maximum(tl.load(sums + channels + c, mask=real, other=0.0) / count - mean * mean, 0.0)
+    var = tl.load(sums + channels + c, mask=real, other=0.0) / count - mean * mean
+    var = tl.where(var < 0, 0.0, var)
     inverse = 1 / tl.sqrt(var + eps)
     scale = tl.load(gamma + c, mask=real, other=0.0).to(tl.float64) * inverse
     shift = tl.load(beta + c, mask=real, other=0.0).to(tl.float64) - mean * scale
@@ -97,7 +98,7 @@ def _normalise(top, values, out, rows, channels, ROWS: tl.constexpr, COLUMNS: tl
     scale, shift = (tl.load(values + 2 * channels + c, mask=c < channels, other=0.0), tl.load(values + 3 * channels + c, mask=c < channels, other=0.0))
     here, at = (row < rows)[:, None] & (c < channels)[None, :], row[:, None] * channels + c[None, :]
     high = tl.load(top + at, mask=here, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
-    tl.store(out + at, tl.maximum(high, 0.0).to(out.dtype.element_ty), mask=here)
+    tl.store(out + at, tl.where(high < 0, 0.0, high).to(out.dtype.element_ty), mask=here)  # a GPU's maximum would lose NaN
 
 
 @triton.jit
@@ -258,7 +259,7 @@ def _stem(rows, folded, shift, out, count, channels, ROWS: tl.constexpr, COLUMNS
     high = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift + c, mask=real, other=0.0)[None, :]
     for k in tl.static_range(3):
         high += tl.load(rows + row * 4 + 1 + k, mask=inside, other=0.0)[:, None] * tl.load(folded + k * channels + c, mask=real, other=0.0)[None, :]
-    tl.store(out + row[:, None] * channels + c[None, :], tl.maximum(high, 0.0).to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
+    tl.store(out + row[:, None] * channels + c[None, :], tl.where(high < 0, 0.0, high).to(out.dtype.element_ty), mask=inside[:, None] & real[None, :])
 
 
 @triton.jit

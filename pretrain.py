@@ -256,7 +256,7 @@ class Prefetch:
         began = time.perf_counter()
         try:
             item = self.made.pop(step).result()
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # of the chain, on a GPU: it is not the audio's fault
             raise
         except Exception as error:  # of this process alone, so it is the one to tell
             raise OSError(f"the audio of step {step} cannot be had: {error}") from error
@@ -395,8 +395,10 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
 
     encoder.eval()
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for a few batches: its trials take 30 GiB
-    (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
-    torch.backends.cudnn.benchmark = benchmark
+    try:
+        (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
     encoder.train(training)
     mean, std = x.mean(0), x.std(0, ddof=1).clip(1e-9)
     scores = Ridge(alpha=len(x)).fit((x - mean) / std, y).predict((v - mean) / std).reshape(truth.shape)
@@ -443,7 +445,9 @@ def captured_step(learner, optimiser, scaler, autocast, views):
         for key, value in state.items():  # in place: the graph holds these tensors
             value.copy_(moments[p][key]) if p in moments else value.zero_()
 
-    def replay(given, now, needed=(learner, optimiser)):  # the graph holds the addresses of their tensors, not the tensors
+    tensors = [*learner.state_dict().values(), *(value for state in optimiser.state.values() for value in state.values())]
+
+    def replay(given, now, needed=tensors):  # the graph knows their addresses, and would not notice if they were freed
         inputs.copy_(given[0])
         rate.fill_(now)
         graph.replay()
@@ -595,6 +599,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         return torch.cat([chain(first, draws), second]), *(n.to(device, non_blocking=True) for n in negatives)
 
     beside = torch.cuda.Stream(device, priority=-1) if gpu else None  # the chain's few and small kernels go between the network's
+    benchmark = torch.backends.cudnn.benchmark
     if gpu:
         torch.backends.cudnn.benchmark = True  # all steps are of one shape, and the fastest algorithm is often not the first
         beside.wait_stream(torch.cuda.current_stream())
@@ -605,6 +610,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         """On a GPU the views themselves, made while the step before is computed; on a CPU the chain would take its cores."""
         if not gpu:
             return drawn(step)
+        torch.cuda.set_device(device)  # in this thread; it begins with the first
         with torch.cuda.stream(beside):
             return augmented_views(*drawn(step)), beside.record_event()
 
@@ -612,7 +618,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         (event := torch.cuda.Event(enable_timing=True, blocking=True)).record()
         return event
 
-    gaps, ended, behind = [], None, []  # on a GPU: ends of steps and beginnings of the next, in between it waited; steps not waited for
+    gaps, ended, behind = [], moment() if gpu else None, []  # on a GPU: ends of steps and beginnings of the next; steps not waited for
     prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
     handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
@@ -625,7 +631,7 @@ def train(args, clips, valid, Chain, model, device, amp):
                 torch.cuda.current_stream().wait_event(ready)
                 for tensor in inputs:
                     tensor.record_stream(torch.cuda.current_stream())
-                gaps += [(ended, moment())] if ended else []
+                gaps.append((ended, moment()))  # in between it had nothing to do
             else:
                 inputs = augmented_views(*prefetch.get(step))
             rate = rate_at(step, args.lr, args.schedule, args.warmup, total)
@@ -633,10 +639,9 @@ def train(args, clips, valid, Chain, model, device, amp):
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
             behind += [moment()] if gpu else []
-            ended = behind[-1] if gpu and not (logs or saves or probes) else None
 
-            # one small exchange a step: has anybody caught a signal, or lost its numbers? (one GPU is asked only when it must answer
-            # anyway; with several, torch's SyncBatchNorm waits for them in every layer)
+            # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer
+            # anyway)
             number = caught[0] if caught else 0  # read once: what is saved below must have been looked at here
             look = not gpu or logs or saves or number
             finite = not look or torch.isfinite(sums[0]) and (not (saves or number) or all(t.isfinite().all() for t in learner.state_dict().values()))
@@ -672,6 +677,8 @@ def train(args, clips, valid, Chain, model, device, amp):
                 if value is not None:
                     log.write({"step": now, "probe": round(value, 5)})
                 began += time.perf_counter() - paused
+            if gpu:
+                ended = moment() if logs or saves or probes else behind[-1]
             if stop:
                 break
         if log and last:
@@ -682,6 +689,7 @@ def train(args, clips, valid, Chain, model, device, amp):
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         prefetch.close()
+        torch.backends.cudnn.benchmark = benchmark
         for number, handler in handlers.items():  # main may have been called from a program that goes on
             signal.signal(number, handler or signal.SIG_DFL)
     if not last:

@@ -149,6 +149,8 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(pretrain, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(pretrain, "captured_step", lambda *parts: pretrain.plain_step(*parts[:-1]))
     monkeypatch.setattr(model, "gpu_kernels", lambda: None)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)

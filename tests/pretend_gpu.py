@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import augment
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WAITS = {"item", "tolist", "nonzero", "cpu", "unique", "masked_select", "__bool__", "__float__", "__int__", "__index__"}
 MAY_MIX = {"copy_", "__getitem__", "__setitem__", "set_", "__set__", "_has_compatible_shallow_copy_type"}
@@ -32,6 +34,20 @@ class PretendGpu(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.waits = []
+
+    def __enter__(self):
+        self.forget()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.forget()
+        return super().__exit__(*error)
+
+    @staticmethod
+    def forget():
+        """Tables that augment.py keeps for a device of this name: a real GPU's must not be met here, nor the other way round."""
+        augment._circle.cache_clear()
+        augment._kernel_table.cache_clear()
 
     def place(self, tensor):
         return CUDA if tensor.untyped_storage()._cdata in self.storages else CPU
