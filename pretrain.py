@@ -267,6 +267,86 @@ class Prefetch:
         self.thread.shutdown(cancel_futures=True)
 
 
+class Inputs:
+    """What the network is given at each step, on `device`: this process's rows of the global batch. `get(step)` -> views (2B, 1, T),
+    the first ones of all pairs before the second; for CPC views (B, 1, T) and negatives.
+
+    A thread works a few steps ahead. On a CPU it cuts the crops alone, since the chain would take the step's cores; on a GPU it
+    augments them too, on a stream beside the step's. There host and GPU go their own ways: `used()` marks the end of a step."""
+
+    LIMIT = 8  # steps that a GPU may be behind its host: enough to keep it busy; more would fill its memory with views
+
+    def __init__(self, args, clips, pairs, chain, device, first, last, frames=None):
+        rank, size = world()
+        self.clips, self.pairs, self.chain, self.device, self.frames, self.seed = clips, pairs, chain, device, frames, args.seed
+        self.batch, self.local = args.batch_size, args.batch_size // size
+        self.mine, self.crops = slice(rank * self.local, (rank + 1) * self.local), 1 if frames else 2  # crops of a pair
+        self.augmented = 1 if args.asymmetric else self.crops
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # the samples may still be on their way
+            self.ended, self.gaps, self.queued = self.moment(), [], []
+        self.prefetch = Prefetch(self.make, first, last)
+
+    def draw(self, step):
+        """The crops, augmentation values and negatives of this process's rows of the global batch."""
+        index, start = (table[self.mine, : self.crops].T.reshape(-1) for table in self.pairs.draw(step))  # first views, then second
+        audio, values = self.clips.crops(index, start, self.pairs.n), generator(self.seed, "values", step)
+        draws = self.chain.draw(self.augmented * self.batch, values)
+        draws = {k: v.unflatten(0, (self.augmented, -1))[:, self.mine].flatten(0, 1) for k, v in draws.items()}
+        n = self.frames
+        negatives = [torch.randint(self.batch * n, (self.batch, n, 15), generator=values)[self.mine]] if n else []
+        audio, *negatives = (t.pin_memory() if self.stream and not t.is_cuda else t for t in (audio, *negatives))
+        return audio, draws, negatives
+
+    def augment(self, audio, draws, negatives):
+        first, second = audio.to(self.device, non_blocking=True).tensor_split([self.augmented * self.local])
+        return torch.cat([self.chain(first, draws), second]), *(t.to(self.device, non_blocking=True) for t in negatives)
+
+    def make(self, step):
+        if not self.stream:
+            return self.draw(step)
+        torch.cuda.set_device(self.device)  # of this thread
+        with torch.cuda.stream(self.stream):
+            return self.augment(*self.draw(step)), self.stream.record_event()
+
+    def get(self, step):
+        if not self.stream:
+            return self.augment(*self.prefetch.get(step))
+        if len(self.queued) == self.LIMIT:
+            self.queued.pop(0).synchronize()
+        tensors, ready = self.prefetch.get(step)
+        torch.cuda.current_stream().wait_event(ready)
+        for tensor in tensors:
+            tensor.record_stream(torch.cuda.current_stream())
+        self.gaps.append((self.ended, self.moment()))
+        return tensors
+
+    def used(self):
+        if self.stream:
+            self.ended = self.moment()
+            self.queued.append(self.ended)
+
+    def paused(self):
+        """What has passed since `used` was not waiting."""
+        self.ended = self.moment() if self.stream else None
+
+    def moment(self):
+        (event := torch.cuda.Event(enable_timing=True, blocking=True)).record()
+        return event
+
+    def waited(self):
+        """Seconds since it was last asked that the step had to wait: by a GPU's own clock, from a step's end to the next one's beginning."""
+        if self.stream:
+            gaps, self.gaps = self.gaps, []
+            return sum(end.elapsed_time(begin) for end, begin in gaps) / 1000
+        seconds, self.prefetch.waited = self.prefetch.waited, 0.0
+        return seconds
+
+    def close(self):
+        self.prefetch.close()
+
+
 # ----------------------------------------- What a run leaves: checkpoints that survive everything, log, curves, probe
 
 def save_checkpoint(path, content: dict):
@@ -573,75 +653,29 @@ def train(args, clips, valid, Chain, model, device, amp):
         say("--probe-every: the data has no labelled train and valid clips to probe")
     say(f"continuing from step {done} of {total}" if done else f"{total} steps")
     head = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "code": model.code_version(), "versions": model.versions() | {"numpy": np.__version__},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(), "device": str(device),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"), "processes": size, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if gpu else str(device),
             "continued_from": done, "total": total, "songs": pairs.songs, "left_out": pairs.left_out,
             "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
     log = Log(out, head, done, total, args.tensorboard) if rank == 0 else None
 
-    local, crops = args.batch_size // size, 1 if cpc else 2  # pairs of this process, crops of a pair
-    mine, augmented = slice(rank * local, (rank + 1) * local), 1 if args.asymmetric else crops
-
-    def drawn(step):
-        """The crops, augmentation values and negatives of this process's rows of the global batch."""
-        index, start = (table[mine, :crops].T.reshape(-1) for table in pairs.draw(step))  # first views, then second
-        audio, values = clips.crops(index, start, pairs.n), generator(args.seed, "values", step)
-        draws = chain.draw(augmented * args.batch_size, values)
-        draws = {k: v.unflatten(0, (augmented, -1))[:, mine].flatten(0, 1) for k, v in draws.items()}
-        negatives = []
-        if cpc:
-            n = encoder.frames_per_window
-            negatives = [torch.randint(args.batch_size * n, (args.batch_size, n, 15), generator=values)[mine]]
-        audio, *negatives = (t.pin_memory() if gpu and not t.is_cuda else t for t in (audio, *negatives))
-        return audio, draws, negatives
-
-    def augmented_views(audio, draws, negatives):
-        first, second = audio.to(device, non_blocking=True).tensor_split([augmented * local])
-        return torch.cat([chain(first, draws), second]), *(n.to(device, non_blocking=True) for n in negatives)
-
-    beside = torch.cuda.Stream(device, priority=-1) if gpu else None  # the chain's few and small kernels go between the network's
     benchmark = torch.backends.cudnn.benchmark
-    if gpu:
-        torch.backends.cudnn.benchmark = True  # all steps are of one shape, and the fastest algorithm is often not the first
-        beside.wait_stream(torch.cuda.current_stream())
+    torch.backends.cudnn.benchmark = benchmark or gpu  # all steps are of one shape, and the fastest algorithm is often not the first
     parts = parallel, optimiser, scaler, lambda: model.autocast(device, amp)
-    take = captured_step(*parts, torch.empty(2 * local, 1, pairs.n, device=device)) if captured else plain_step(*parts)
-
-    def make(step):
-        """On a GPU the views themselves, made while the step before is computed; on a CPU the chain would take its cores."""
-        if not gpu:
-            return drawn(step)
-        torch.cuda.set_device(device)  # in this thread; it begins with the first
-        with torch.cuda.stream(beside):
-            return augmented_views(*drawn(step)), beside.record_event()
-
-    def moment():
-        (event := torch.cuda.Event(enable_timing=True, blocking=True)).record()
-        return event
-
-    gaps, ended, behind = [], moment() if gpu else None, []  # on a GPU: ends of steps and beginnings of the next; steps not waited for
-    prefetch, sums, caught = Prefetch(make, done, total), torch.zeros(2, device=device), []
+    take = captured_step(*parts, torch.empty(2 * args.batch_size, 1, pairs.n, device=device)) if captured else plain_step(*parts)
+    inputs = Inputs(args, clips, pairs, chain, device, done, total, encoder.frames_per_window if cpc else None)
+    sums, caught = torch.zeros(2, device=device), []
     handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     opened, began, logged, saved = time.perf_counter(), time.perf_counter(), done, done
     try:
         for step in tqdm(range(done, total), initial=done, total=total, unit="step", disable=rank > 0 or not sys.stderr.isatty()):
-            if gpu:
-                if len(behind) == 8:  # enough to keep it busy; without a limit the views of steps to come fill its memory
-                    behind.pop(0).synchronize()
-                inputs, ready = prefetch.get(step)
-                torch.cuda.current_stream().wait_event(ready)
-                for tensor in inputs:
-                    tensor.record_stream(torch.cuda.current_stream())
-                gaps.append((ended, moment()))  # in between it had nothing to do
-            else:
-                inputs = augmented_views(*prefetch.get(step))
             rate = rate_at(step, args.lr, args.schedule, args.warmup, total)
-            sums += torch.stack(take(inputs, rate))
+            sums += torch.stack(take(inputs.get(step), rate))
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
-            behind += [moment()] if gpu else []
+            inputs.used()
 
-            # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked only when it must answer
-            # anyway)
+            # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked when it must answer anyway)
             number = caught[0] if caught else 0  # read once: what is saved below must have been looked at here
             look = not gpu or logs or saves or number
             finite = not look or torch.isfinite(sums[0]) and (not (saves or number) or all(t.isfinite().all() for t in learner.state_dict().values()))
@@ -657,14 +691,13 @@ def train(args, clips, valid, Chain, model, device, amp):
                 if size > 1:
                     dist.all_reduce(sums)
                 loss, top1 = (sums / size / (now - logged)).tolist()
-                elapsed = time.perf_counter() - began
-                waited = sum(a.elapsed_time(b) for a, b in gaps) / 1000 if gpu else prefetch.waited
+                elapsed, waited = time.perf_counter() - began, inputs.waited()
                 if log:
                     log.write({"step": now, "epoch": round(now / pairs.steps_per_epoch, 3), "pairs": now * args.batch_size, "loss": round(loss, 5),
                                "top1": round(top1, 4), "lr": rate, "pairs_per_s": round((now - logged) * args.batch_size / elapsed, 2),
                                "wait": round(waited / elapsed, 4)})
                 sums.zero_()
-                began, prefetch.waited, gaps, logged = time.perf_counter(), 0.0, [], now
+                began, logged = time.perf_counter(), now
             if saves or stop:
                 if log:
                     content = {"step": now, "config": config} | {name: part.state_dict() for name, part in state.items()}
@@ -677,10 +710,10 @@ def train(args, clips, valid, Chain, model, device, amp):
                 if value is not None:
                     log.write({"step": now, "probe": round(value, 5)})
                 began += time.perf_counter() - paused
-            if gpu:
-                ended = moment() if logs or saves or probes else behind[-1]
             if stop:
                 break
+            if logs or saves or probes:
+                inputs.paused()
         if log and last:
             own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else None
             peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else own
@@ -688,7 +721,7 @@ def train(args, clips, valid, Chain, model, device, amp):
         if size > 1:
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
-        prefetch.close()
+        inputs.close()
         torch.backends.cudnn.benchmark = benchmark
         for number, handler in handlers.items():  # main may have been called from a program that goes on
             signal.signal(number, handler or signal.SIG_DFL)

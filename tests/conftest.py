@@ -150,6 +150,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretend GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(pretrain, "captured_step", lambda *parts: pretrain.plain_step(*parts[:-1]))
     monkeypatch.setattr(model, "gpu_kernels", lambda: None)
