@@ -1,5 +1,5 @@
 """The augmentations of CLMR as one batched, exact and fast chain in plain torch, 2.9 or later (paper, section 3.1).
-On a GPU one loop of it is a Triton kernel, where Triton works; without it the chain is five times slower there.
+On a GPU one loop of it is a Triton kernel, where Triton works; without it the chain takes six times as long there.
 
     python augment.py song.wav --out listen/          # hear each transform alone and three full chains
 
@@ -336,7 +336,7 @@ def _starts(padded: Tensor, front: int, start: Tensor, ratio: Tensor, segments: 
 @lru_cache(maxsize=8)
 def _in_one_kernel(device: torch.device) -> bool:
     """Whether the loop of `_starts` is one kernel on device: on a GPU, if Triton works there (it comes with torch for Linux,
-    and needs a C compiler and Python's headers). As torch's own it is 1,300 launches one after the other, and takes six times as long as the chain."""
+    and needs a C compiler and Python's headers). As torch's own it is 1,300 launches one after the other, and the whole chain takes six times as long."""
     if device.type != "cuda":
         return False
     try:

@@ -4,7 +4,8 @@
     python model.py --encoder cpc
     python model.py --ckpt runs/mtat/encoder.pt --out exported/      # encoder.ts and encoder.pt2 with their sidecars
 
-This file needs torch alone; for training on a GPU it uses model_gpu.py, if that lies beside it. Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
+This file needs torch alone; for training on a GPU it uses model_gpu.py, if that lies beside it.
+Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
 
 An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has `name` and `sizes`.
 
@@ -105,7 +106,7 @@ class Block(nn.Sequential):
 
     Training on a CPU in float32 or float64 goes through `StemStep` and `TrainingStep`: the same numbers, exact statistics,
     less time and memory. So does, anywhere, a block with `recompute`: it keeps its input and output alone for the backward pass.
-    On a GPU training goes through `StemStep` and model_gpu.BlockStep, a third of the time."""
+    On a GPU training goes through `StemStep` and model_gpu.BlockStep, in about a quarter of the time."""
 
     recompute = False
     over_processes = False  # statistics over all processes; set by `synchronise`
@@ -138,7 +139,7 @@ def gpu_kernels():
         return model_gpu
     except Exception as error:  # no Triton; no C compiler or headers of Python, which it needs; an unknown GPU: all of types of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"training on this GPU goes through torch's own layers, at a third of the speed: model_gpu.py cannot be used ({reason})", stacklevel=2)
+        warnings.warn(f"training on this GPU goes through torch's own layers, at about a quarter of the speed: model_gpu.py cannot be used ({reason})", stacklevel=2)
 
 
 def as_rows(image):

@@ -1,15 +1,15 @@
 """The training pass of SampleCNN's blocks on a GPU: what lies between the convolutions, as Triton kernels.
 
 Optional: model.py uses this file where it lies beside it, on a GPU and with Triton (which comes with torch for Linux); without
-it the same numbers come from torch's layers, in four times the time (results/pretrain-gpu-step.json). The arithmetic of a step
-of 96 pairs takes an H200 3 ms, all in convolutions; torch's layers spend 30 ms more on moving memory, for bias, batch norm,
-max-pool and ReLU each read and write tensors of a gigabyte, forward and backward. Here a convolution's output y is read
+it the same numbers come from torch's layers, in about four times the time (results/pretrain-gpu-step.json). The convolutions of
+a step of 96 pairs take an H200 3.2 ms, the step by torch's layers 35: bias, batch norm, max-pool and ReLU each read and write
+tensors of up to a gigabyte, forward and backward. Here a convolution's output y is read
 
     forward    once, for the sums that batch norm needs, and for the maxima, a third of the numbers, that are normalised after it
     backward   once, for its own gradient; the sums that this needs come from the maxima
 
 and the stem's output is written once and never read for its own sake (see model.StemStep). Sums are taken in float32 over
-some thousand rows at most, and then on in float64. Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T.
+about a thousandth of the rows, and then on in float64. Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T.
 """
 import torch
 import torch.distributed as dist
