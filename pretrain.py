@@ -15,7 +15,7 @@ The same command again continues where the run stopped; a finished run says so. 
 
 The *global* batch of step s - songs, crops, augmentation values - is a function of (seed, s) alone. Every process draws
 it as a whole and takes its rows, so 1, 2 and 4 processes take the same step (to rounding), and a killed run ends with
-the same weights as an uninterrupted one (on CPUs bit for bit; GPUs add up in changing orders).
+the same weights as an uninterrupted one (on CPUs bit for bit; on GPUs rounding differs, and grows).
 Dimensions: N pairs of the global batch, B of one process, P projection.
 """
 import argparse

@@ -440,8 +440,7 @@ def main(argv: list[str] | None = None) -> int:
             "probabilities_of_chain": RELEASED, "views_per_s": table, "against_the_fastest_peer": against(table),
             "peers_without_delay_and_reverb": PARTIAL,
             "did_not_run": failed | broken, "peak_mib_per_view_beyond_the_libraries": memory(sys.executable),
-            "limits": distance(table["chain"]["ours"]["views_per_s"], limit),
-            "gpu": "not measured: none at hand"}
+            "limits": distance(table["chain"]["ours"]["views_per_s"], limit)}
     if args.clips:
         shifts = (-5.0, -2.5, -1.0, 1.0, 2.5, 5.0)
         result["pitch_quality"] = {"command": command} | pitch_quality(args.clips, args.n_clips, shifts)

@@ -3,7 +3,7 @@
     python bench/pretrain.py speed --out results/pretrain-speed.json                 # about ten minutes on two cores
     python bench/pretrain.py kills --data demo --out results/pretrain-kills.json     # about eight minutes
     python bench/pretrain.py curves --data moods --out results/pretrain-curves.json  # 23 minutes at --width 0.25
-    python bench/pretrain.py gpu --out results/pretrain-gpu-step.json                # a step's parts on a GPU; half a minute
+    python bench/pretrain.py gpu --out results/pretrain-gpu-step.json                # a step's parts on a GPU
     python bench/pretrain.py whole --data mtat --max-steps 300 --log-every 20        # the whole script, on a GPU where there is one
 
 speed: a training step on ready-made noise (encoder, projector, NT-Xent, Adam). Each variant runs in a process of its own (the
@@ -28,7 +28,7 @@ it must read and write once.
 
 whole: the script itself on real clips, reading, chain, step and log included, on the device it chooses, in
 turn: as it is, with crops alone (what the chain costs), as two processes (on one GPU no test of speed, but of its batch statistics
-and exchange), and in the other precisions. Rates are medians of the log's lines, without its first third; `busy` is nvidia-smi's.
+and exchange), and in the other precisions. Rates are medians of the log's lines, without its first third; no save falls among them.
 """
 import argparse
 import json
@@ -362,32 +362,27 @@ def whole(args):
     from pretrain import read_log
 
     gpu, chosen = torch.cuda.is_available(), model.choose_amp(model.choose_device())
-    cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "two processes": (2, []),
+    cases = {"as it is": (1, []), "crops alone": (1, ["--transforms", "none"]), "two processes on it": (2, []),
              **{f"--amp {amp}": (1, ["--amp", amp]) for amp in ("off", *(["fp16"] if gpu else [])) if amp != chosen}}
     runs = {case: [] for case in cases}
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for case, (size, flags) in [*cases.items()] * args.rounds:
-            out, errors, busy = Path(folder) / f"{case}-{len(runs[case])}", Path(folder) / "errors", []
+            out, errors = Path(folder) / f"{case}-{len(runs[case])}", Path(folder) / "errors"
             command = [*launcher(size), "pretrain.py", "--data", args.data, "--width", str(args.width), "--batch-size", str(args.batch_sizes[0]),
                        "--max-steps", str(args.max_steps), "--log-every", str(args.log_every), "--save-every", str(args.max_steps), "--out", str(out), *flags]
             with open(errors, "w") as file:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file)
-            while process.poll() is None:
-                time.sleep(0.5)
-                if gpu:
-                    asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-                    busy.append(int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]))
+            process.wait()
             if process.returncode:
                 raise RuntimeError(f"{case}: {errors.read_text().strip().splitlines()[-1]}")
             head, *log = read_log(out)
             steps = [line for line in log if "pairs" in line]
             runs[case].append({"rates": [line["pairs_per_s"] for line in steps[len(steps) // 3 :]], "wait": statistics.median(line["wait"] for line in steps),
-                               "loss": steps[-1]["loss"], "peak_gib": log[-1]["peak_gib"], "amp": head["config"]["amp"], "device": head["device"],
-                               "busy": statistics.median(busy[len(busy) // 2 :]) if busy else None})
+                               "loss": steps[-1]["loss"], "peak_gib": log[-1]["peak_gib"], "amp": head["config"]["amp"], "device": head["device"]})
             print(json.dumps({"case": case, **runs[case][-1]}), flush=True)
     where = torch.cuda.get_device_name() if gpu else f"{machine()['cpu']}, {os.cpu_count()} cores"
     return {"runs": runs, "table": summary(runs), "caption": f"pretrain.py on {args.data}, {args.max_steps} steps of {args.batch_sizes[0]} pairs, width {args.width:g}, on {where}; "
-                                                             f"{args.rounds} turns."}
+                                                             f"{args.rounds} turn{'s' * (args.rounds > 1)}."}
 
 
 def summary(runs):
@@ -396,7 +391,7 @@ def summary(runs):
         rate = statistics.median(r for run in found for r in run["rates"])
         rows.append({"run": case, "precision": found[0]["amp"], "pairs / s": f"{rate:,.0f}" if rate > 100 else round(rate, 1), "1,000 epochs of MTAT, hours": round(1000 * MTAT_SONGS / rate / 3600, 2),
                      "waiting for views": f"{100 * statistics.median(run['wait'] for run in found):.1f} %", "peak GiB": found[0]["peak_gib"],
-                     "last loss": round(found[0]["loss"], 3), **({"busy": f"{statistics.median(run['busy'] for run in found):.0f} %"} if found[0]["busy"] is not None else {})})
+                     "last loss": round(found[0]["loss"], 3)})
     return rows
 
 
@@ -421,7 +416,7 @@ def main():
     parser.add_argument("--log-every", type=int, default=10, help="whole: steps that one rate is taken over")
     parser.add_argument("--kills", type=int, default=20, help="kills of the run with one process, and of that with two")
     parser.add_argument("--spread", type=float, default=0.5, help="kills: seconds within which the kill comes")
-    parser.add_argument("--scratch", help="kills: where the run folders are made")
+    parser.add_argument("--scratch", help="kills, whole: where the run folders are made")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     sys.path.insert(0, str(ROOT))

@@ -41,9 +41,10 @@ def log_of(path):
     records = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rates = sorted(r["pairs_per_s"] for r in records if "pairs_per_s" in r)
     last, first = [r for r in records if "pairs" in r][-1], records[0]
-    peak = next((r["peak_gib"] for r in reversed(records) if r.get("done")), None)  # a run that was stopped has none
+    end = next((r for r in reversed(records) if r.get("done")), {})  # a run that was stopped has none
+    seconds = end.get("seconds") if not first["continued_from"] and sum("command" in r for r in records) == 1 else None  # or only of the last part
     return {"pairs": last["pairs"], "steps": last["step"], "pairs_per_s": rates[len(rates) // 2],
-            "hours": round(last["pairs"] / rates[len(rates) // 2] / 3600, 2), "peak_gib": peak, "amp": first["config"]["amp"], "threads": first["threads"], "code": first["code"]}
+            "hours": round(last["pairs"] / rates[len(rates) // 2] / 3600, 2), "peak_gib": end.get("peak_gib"), "seconds": seconds, "amp": first["config"]["amp"], "threads": first["threads"], "code": first["code"]}
 
 
 def pretrain(args, label, flags, steps=None, data=None):
@@ -212,7 +213,7 @@ def numbers(args):
             values = (f"{100 * r['mean'][m]:.1f} ± {100 * (r['interval'][m][1] - r['interval'][m][0]) / 2:.1f}" for m in ("roc_auc", "pr_auc"))
             table.append({"data": args.data, "what": f"{r['model']}, {100 * r['fraction']:g} % of the labels", "the paper": "-", "here": " / ".join(values),
                           "type": f"`evaluate.py --ckpt {result['protocol']['ckpt']} --random --fraction 0.1 1 --amp {result['protocol']['amp']}`",
-                          "cost": "minutes" if r["model"] == "untrained" else f"{cost['pairs'] / cost['pairs_per_s'] / 60:.0f} min at {cost['pairs_per_s']:,.0f} pairs/s on {args.where} ({cost['amp']})"})
+                          "cost": "minutes" if r["model"] == "untrained" else f"{(cost['seconds'] or cost['pairs'] / cost['pairs_per_s']) / 60:.0f} min on {args.where} ({cost['amp']})"})
     note = "ROC-AUC / PR-AUC in percent. ± is half of the 95 % interval over test songs; another test set of this size may differ by 1.4 times as much."
     out = args.out or Path("results/numbers.json")
     out.write_text(json.dumps({"caption": note, "table": table}, indent=1, ensure_ascii=False) + "\n")
