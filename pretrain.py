@@ -243,7 +243,7 @@ def rate_at(step: int, lr: float, schedule: str, warmup: int, total: int) -> flo
 
 
 class Prefetch:
-    """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error there is raised here, as OSError."""
+    """Call `make(step)` for step = first, first + 1, ... in a thread, a few steps ahead. An error of reading there is raised here, as OSError."""
 
     def __init__(self, make, first, last, ahead=4):
         self.make, self.next, self.last, self.ahead = make, first, last, ahead
@@ -256,9 +256,7 @@ class Prefetch:
         began = time.perf_counter()
         try:
             item = self.made.pop(step).result()
-        except RuntimeError:  # of the chain, on a GPU: it is not the audio's fault
-            raise
-        except Exception as error:  # of this process alone, so it is the one to tell
+        except (OSError, ValueError, EOFError) as error:  # of reading; whatever else it is, it is not the audio's fault
             raise OSError(f"the audio of step {step} cannot be had: {error}") from error
         self.waited += time.perf_counter() - began
         return item
@@ -272,7 +270,7 @@ class Inputs:
     the first ones of all pairs before the second; for CPC views (B, 1, T) and negatives.
 
     A thread works a few steps ahead. On a CPU it cuts the crops alone, since the chain would take the step's cores; on a GPU it
-    augments them too, on a stream beside the step's. There host and GPU go their own ways: `used()` marks the end of a step."""
+    augments them too, on a stream beside the step's."""
 
     LIMIT = 8  # steps that a GPU may be behind its host: enough to keep it busy; more would fill its memory with views
 
@@ -280,17 +278,17 @@ class Inputs:
         rank, size = world()
         self.clips, self.pairs, self.chain, self.device, self.frames, self.seed = clips, pairs, chain, device, frames, args.seed
         self.batch, self.local = args.batch_size, args.batch_size // size
-        self.mine, self.crops = slice(rank * self.local, (rank + 1) * self.local), 1 if frames else 2  # crops of a pair
-        self.augmented = 1 if args.asymmetric else self.crops
+        self.mine, self.views = slice(rank * self.local, (rank + 1) * self.local), 1 if frames else 2  # of a pair
+        self.augmented = 1 if args.asymmetric else self.views
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # the samples may still be on their way
-            self.ended, self.gaps, self.queued = self.moment(), [], []
+            self.gaps, self.behind = [], []
         self.prefetch = Prefetch(self.make, first, last)
 
     def draw(self, step):
         """The crops, augmentation values and negatives of this process's rows of the global batch."""
-        index, start = (table[self.mine, : self.crops].T.reshape(-1) for table in self.pairs.draw(step))  # first views, then second
+        index, start = (table[self.mine, : self.views].T.reshape(-1) for table in self.pairs.draw(step))  # first views, then second
         audio, values = self.clips.crops(index, start, self.pairs.n), generator(self.seed, "values", step)
         draws = self.chain.draw(self.augmented * self.batch, values)
         draws = {k: v.unflatten(0, (self.augmented, -1))[:, self.mine].flatten(0, 1) for k, v in draws.items()}
@@ -306,40 +304,33 @@ class Inputs:
     def make(self, step):
         if not self.stream:
             return self.draw(step)
-        torch.cuda.set_device(self.device)  # of this thread
+        torch.cuda.set_device(self.device)  # of this thread, or leaving the stream would make a context on the first GPU
         with torch.cuda.stream(self.stream):
             return self.augment(*self.draw(step)), self.stream.record_event()
 
     def get(self, step):
         if not self.stream:
             return self.augment(*self.prefetch.get(step))
-        if len(self.queued) == self.LIMIT:
-            self.queued.pop(0).synchronize()
+        stream, free = torch.cuda.current_stream(), self.moment()  # free: when all steps so far are done
+        self.behind.append(free)
+        if len(self.behind) == self.LIMIT:
+            self.behind.pop(0).synchronize()
         tensors, ready = self.prefetch.get(step)
-        torch.cuda.current_stream().wait_event(ready)
+        stream.wait_event(ready)
         for tensor in tensors:
-            tensor.record_stream(torch.cuda.current_stream())
-        self.gaps.append((self.ended, self.moment()))
+            tensor.record_stream(stream)
+        self.gaps.append((free, self.moment()))
         return tensors
-
-    def used(self):
-        if self.stream:
-            self.ended = self.moment()
-            self.queued.append(self.ended)
-
-    def paused(self):
-        """What has passed since `used` was not waiting."""
-        self.ended = self.moment() if self.stream else None
 
     def moment(self):
         (event := torch.cuda.Event(enable_timing=True, blocking=True)).record()
         return event
 
     def waited(self):
-        """Seconds since it was last asked that the step had to wait: by a GPU's own clock, from a step's end to the next one's beginning."""
+        """Seconds since it was last asked that a step had to wait for its views; on a GPU by its own clock."""
         if self.stream:
             gaps, self.gaps = self.gaps, []
-            return sum(end.elapsed_time(begin) for end, begin in gaps) / 1000
+            return sum(free.elapsed_time(begun) for free, begun in gaps) / 1000
         seconds, self.prefetch.waited = self.prefetch.waited, 0.0
         return seconds
 
@@ -673,7 +664,6 @@ def train(args, clips, valid, Chain, model, device, amp):
             sums += torch.stack(take(inputs.get(step), rate))
             now, last = step + 1, step + 1 == total
             logs, saves, probes = (every and (now % every == 0 or last) for every in (args.log_every, args.save_every, args.probe_every))
-            inputs.used()
 
             # one small exchange a step: has anybody caught a signal, or lost its numbers? (a GPU is asked when it must answer anyway)
             number = caught[0] if caught else 0  # read once: what is saved below must have been looked at here
@@ -712,8 +702,6 @@ def train(args, clips, valid, Chain, model, device, amp):
                 began += time.perf_counter() - paused
             if stop:
                 break
-            if logs or saves or probes:
-                inputs.paused()
         if log and last:
             own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else None
             peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else own

@@ -128,15 +128,16 @@ def on_a_gpu(monkeypatch):
 
     class Event:
         def __init__(self, enable_timing=False, blocking=False):
-            pass
+            self.timing, self.recorded = enable_timing, False
 
         def record(self):
-            pass
+            self.recorded = True
 
         def synchronize(self):
-            pass
+            assert self.recorded
 
         def elapsed_time(self, other):
+            assert self.timing and other.timing and self.recorded and other.recorded
             return 0.0
 
     def on_a_gpu(main, args):

@@ -267,7 +267,7 @@ def test_result_explains_itself(evaluated, tiny_data, checkpoint):
 
 def test_metrics_do_not_depend_on_the_cache(evaluated, checkpoint, tiny_data, tmp_path):
     cached = list((tiny_data / "features").glob("*.npz"))
-    assert len(cached) == 2  # the encoder and the control
+    assert len(cached) >= 2  # the encoder, the control, and whatever else was evaluated on these data
     for file in cached:
         file.write_bytes(b"no features")
     for _ in range(2):  # computed again, then read

@@ -270,6 +270,14 @@ def test_prefetch_hands_errors_over_and_keeps_the_order():
         prefetch.get(0)
     prefetch.close()
 
+    def fail_on_the_gpu(step):
+        raise RuntimeError("out of resource")
+
+    prefetch = pretrain.Prefetch(fail_on_the_gpu, 0, 5)
+    with pytest.raises(RuntimeError, match="^out of resource"):  # not the audio's fault
+        prefetch.get(0)
+    prefetch.close()
+
 
 # -------------------------------------------------------------------------------------------------------- unkillable
 
