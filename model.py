@@ -112,13 +112,12 @@ class Block(nn.Sequential):
     over_processes = False  # statistics over all processes; set by `synchronise`
 
     def forward(self, x):
-        torchs = isinstance(self[1], nn.SyncBatchNorm)
-        own_way = self.recompute or not torchs and (self.over_processes or x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"))
-        own_way = own_way and (self.over_processes or not torchs)  # what somebody else has synchronised is left to torch
-        frozen = not (self.training and self[1].training)  # as when fine-tuning with the batch norms in eval mode
         conv, norm, pool = self[0], self[1], 3 if len(self) == 4 else 1
-        in_kernels = x.is_cuda and type(norm) is nn.BatchNorm2d and norm.weight.dtype == torch.float32
-        in_kernels = in_kernels and not (frozen or self.recompute or x.shape[3] % pool)
+        frozen = not (self.training and norm.training)  # as when fine-tuning with the batch norms in eval mode
+        plain = type(norm) is nn.BatchNorm2d  # or torch's SyncBatchNorm: then its statistics are torch's affair, or `synchronise`'s
+        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        own_way = plain and (self.over_processes or self.recompute or on_cpu) or self.over_processes and self.recompute
+        in_kernels = x.is_cuda and plain and norm.weight.dtype == torch.float32 and not (frozen or self.recompute or x.shape[3] % pool)
         parameters = conv.weight, conv.bias, norm.weight, norm.bias, norm
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():  # Triton launches on the current one
             kernels = gpu_kernels() if in_kernels else None

@@ -187,7 +187,7 @@ class BlockStep(torch.autograd.Function):
     the running mean alone; its gradient is zero. See model.TrainingStep for the formulas."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, beta, norm, pool, dtype, over_processes=False):
+    def forward(ctx, x, weight, bias, gamma, beta, norm, pool, dtype, over_processes):
         x, w = x.to(dtype), weight.to(dtype)
         y = F.conv2d(x, w, padding=(0, 1)).permute(0, 2, 3, 1).contiguous()  # (B, 1, T, C'), as it lies in memory
         batch, _, steps, channels = y.shape

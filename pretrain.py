@@ -277,8 +277,8 @@ class Inputs:
     def __init__(self, args, clips, pairs, chain, device, first, last, frames=None):
         rank, size = world()
         self.clips, self.pairs, self.chain, self.device, self.frames, self.seed = clips, pairs, chain, device, frames, args.seed
-        self.batch, self.local = args.batch_size, args.batch_size // size
-        self.mine, self.views = slice(rank * self.local, (rank + 1) * self.local), 1 if frames else 2  # of a pair
+        self.batch, local = args.batch_size, args.batch_size // size
+        self.mine, self.views = slice(rank * local, (rank + 1) * local), 1 if frames else 2  # of a pair
         self.augmented = 1 if args.asymmetric else self.views
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         if self.stream:
@@ -298,7 +298,7 @@ class Inputs:
         return audio, draws, negatives
 
     def augment(self, audio, draws, negatives):
-        first, second = audio.to(self.device, non_blocking=True).tensor_split([self.augmented * self.local])
+        first, second = audio.to(self.device, non_blocking=True).tensor_split([len(audio) * self.augmented // self.views])
         return torch.cat([self.chain(first, draws), second]), *(t.to(self.device, non_blocking=True) for t in negatives)
 
     def make(self, step):
@@ -465,11 +465,7 @@ def quick_probe(encoder, train, valid, device, most=600) -> float | None:
         return torch.cat([encoder(w.to(device)).double().cpu() for w in windows]).numpy(), clips.labels[rows]
 
     encoder.eval()
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for a few batches: its trials take 30 GiB
-    try:
-        (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
+    (x, y), (v, truth) = table(train, labelled[0]), table(valid, labelled[1])
     encoder.train(training)
     mean, std = x.mean(0), x.std(0, ddof=1).clip(1e-9)
     scores = Ridge(alpha=len(x)).fit((x - mean) / std, y).predict((v - mean) / std).reshape(truth.shape)
@@ -503,14 +499,18 @@ def captured_step(learner, optimiser, scaler, autocast, views):
     weights = {name: value.clone() for name, value in learner.state_dict().items()}
     moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimiser.state.items()}
     warm.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm), warnings.catch_warnings():  # libraries choose their algorithms now
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")
-        for _ in range(3):
-            step([inputs], rate)
-    torch.cuda.current_stream().wait_stream(warm)
-    optimiser.zero_grad(set_to_none=True)  # the graph's gradients are its own
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        loss, top1 = step([inputs], rate)
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # the fastest algorithms, which the graph then keeps
+    try:
+        with torch.cuda.stream(warm), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")
+            for _ in range(3):
+                step([inputs], rate)
+        torch.cuda.current_stream().wait_stream(warm)
+        optimiser.zero_grad(set_to_none=True)  # the graph's gradients are its own
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loss, top1 = step([inputs], rate)
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
     learner.load_state_dict(weights)
     for p, state in optimiser.state.items():
         for key, value in state.items():  # in place: the graph holds these tensors
@@ -650,8 +650,6 @@ def train(args, clips, valid, Chain, model, device, amp):
             "steps_per_epoch": pairs.steps_per_epoch, "dropped": pairs.dropped, "config": config}
     log = Log(out, head, done, total, args.tensorboard) if rank == 0 else None
 
-    benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = benchmark or gpu  # all steps are of one shape, and the fastest algorithm is often not the first
     parts = parallel, optimiser, scaler, lambda: model.autocast(device, amp)
     take = captured_step(*parts, torch.empty(2 * args.batch_size, 1, pairs.n, device=device)) if captured else plain_step(*parts)
     inputs = Inputs(args, clips, pairs, chain, device, done, total, encoder.frames_per_window if cpc else None)
@@ -710,7 +708,6 @@ def train(args, clips, valid, Chain, model, device, amp):
             dist.barrier()  # nobody takes the group apart while another still works in it
     finally:
         inputs.close()
-        torch.backends.cudnn.benchmark = benchmark
         for number, handler in handlers.items():  # main may have been called from a program that goes on
             signal.signal(number, handler or signal.SIG_DFL)
     if not last:

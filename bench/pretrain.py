@@ -21,8 +21,8 @@ must then equal, bit for bit, those of a run nobody touched. With one process an
 curves: the loss of the network (--width) over 30 steps of the same views: float32; float32 from weights rounded once to bfloat16,
 which is the smallest difference that bfloat16 can make; and bfloat16 autocast.
 
-gpu: a step of --batch-sizes (96) pairs of noise on a GPU, in bfloat16: the released network; ours by torch's layers; by model_gpu.py; as
-one CUDA graph, as pretrain.py runs it; in turn. And the chain alone on real draws, with its search as a kernel and without. Each part
+gpu: a step of --batch-sizes (96) pairs of noise on a GPU, in bfloat16: by torch's layers; by these under torch.compile; by model_gpu.py;
+as one CUDA graph, as pretrain.py runs it; in turn. And the chain alone on real draws, with its search as a kernel and without. Each part
 of the step by kernels is set against its roof: a large matrix product, or a large copy, in the same run; the bytes of a part are those
 it must read and write once.
 
@@ -275,7 +275,6 @@ def gpu(args):
     import pretrain
 
     device, batch, steps = model.choose_device("cuda"), args.batch_sizes[0], max(args.steps, 10)
-    torch.backends.cudnn.benchmark = True
     views, chain = torch.randn(2 * batch, 1, 59049, device=device) * 0.1, augment.Chain(22050)
     draws = chain.draw(2 * batch, torch.Generator().manual_seed(0))
 
@@ -292,39 +291,42 @@ def gpu(args):
         torch.cuda.synchronize()
         return first.elapsed_time(last) / steps, host
 
-    def step_of(network, captured=False, released=False):
+    def step_of(layers=False, compiled=False, captured=False):
         torch.manual_seed(0)
+        network = model.build_encoder("samplecnn")
+        if layers:  # the same, but for what a Block does in training
+            network = torch.nn.Sequential(torch.nn.Unflatten(1, (1, 1)), *(torch.nn.Sequential(*block) for block in network.blocks), torch.nn.Flatten())
         learner = pretrain.CLMR(network, model.Projector()).to(device).train()
-        adam = torch.optim.Adam(learner.parameters(), lr=3e-4, **({} if released else {"fused": True, "capturable": captured}))
-        parts = learner, adam, torch.amp.GradScaler("cuda", enabled=False), lambda: model.autocast(device, "bf16")
+        adam = torch.optim.Adam(learner.parameters(), lr=3e-4, fused=True, capturable=captured)
+        parts = torch.compile(learner) if compiled else learner, adam, torch.amp.GradScaler("cuda", enabled=False), lambda: model.autocast(device, "bf16")
         take = pretrain.captured_step(*parts, views) if captured else pretrain.plain_step(*parts)
         return lambda: take([views], 3e-4)
 
-    own = model.gpu_kernels()
-    if not own:
+    def chain_in_steps():
+        in_one, augment._in_one_kernel = augment._in_one_kernel, lambda device: False
+        chain(views, draws)
+        augment._in_one_kernel = in_one
+
+    if not model.gpu_kernels():
         raise RuntimeError("model_gpu.py cannot be used here; see the warning above")
-    variants = {"released network": (None, step_of(released_encoder(), released=True)), "by torch's layers": (None, step_of(model.build_encoder("samplecnn"))),
-                "by model_gpu.py": (own, step_of(model.build_encoder("samplecnn")))}
-    variants["as one graph"] = own, step_of(model.build_encoder("samplecnn"), captured=True)
-    in_one = augment._in_one_kernel
-    variants |= {"chain, its search in steps": (False, lambda: chain(views, draws)), "chain": (True, lambda: chain(views, draws))}
+    variants = {"by torch's layers": step_of(layers=True), "by torch's layers under torch.compile": step_of(layers=True, compiled=True), "by model_gpu.py": step_of(),
+                "by model_gpu.py, as one CUDA graph": step_of(captured=True),
+                f"the chain on {2 * batch} views, its search in steps": chain_in_steps, f"the chain on {2 * batch} views": lambda: chain(views, draws)}
     large, times = torch.empty(2, 1 << 29, device=device), {name: [] for name in variants}
     a, b = torch.randn(2, 8192, 8192, device=device).bfloat16()
     roofs = {"copy_TB_per_s": lambda ms: 2 * large[0].nbytes / ms / 1e9, "matmul_TFLOP_per_s": lambda ms: 2 * 8192**3 / ms / 1e9}
     found = {name: [] for name in roofs}
     for turn in range(args.rounds + 1):
-        for name, (how, function) in variants.items():
-            model.gpu_kernels, augment._in_one_kernel = (lambda: how), (in_one if how else lambda device: False)
+        for name, function in variants.items():
             taken = milliseconds(function)
             times[name] += [taken] if turn else []  # the first turn warms up
         for (name, of), function in zip(roofs.items(), (lambda: large[0].copy_(large[1]), lambda: a @ b)):
             taken = milliseconds(function)[0]
             found[name] += [of(taken)] if turn else []
-    model.gpu_kernels, augment._in_one_kernel = (lambda: own), in_one
     roofs = {name: round(statistics.median(values), 2) for name, values in found.items()}
     with profiler(activities=[ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
-            variants["by model_gpu.py"][1]()
+            variants["by model_gpu.py"]()
         torch.cuda.synchronize()
     least, parts = least_bytes(2 * batch, model.SampleCNN.channels, 59049), {}
     for event in profile.key_averages():
