@@ -5,7 +5,6 @@
     python evaluate.py --data mtat --supervised --fraction 0.01                        # the end-to-end baseline
     python evaluate.py --ckpt runs/mtat/encoder.pt --embed song.mp3 folder/ --out embeddings/
     python evaluate.py --ckpt runs/mtat/tagger.ts --tag song.mp3 --plot                # top tags; a picture over time
-    python evaluate.py --table results/mtat.json README.md                             # markdown of results
 
 The protocol. Every clip is cut into all its non-overlapping full windows; the frozen encoder turns each into features,
 once. A linear layer (`--hidden 512`: one hidden layer) is trained on the windows of the training clips with Adam. After
@@ -19,8 +18,8 @@ of the difference.
 Leaves behind, in the run's folder (of another checkpoint: runs/ITS-NAME/) or where `--out`, `--export` say:
 evaluate-DATA.json, or with other flags evaluate-DATA-hidden512-f0.01.json, which explains the numbers; encoder.ts,
 encoder.pt2, and, where all labels were used, tagger.ts; features in data/NAME/features/. `--embed`: a FILE.npz for each
-file, `embedding` (n, D), `timestamps` (n,), the windows' starts in seconds, and `source`. `--table README.md` renews the
-tables that stand there between `<!-- table: x.json -->` and `<!-- /table -->`. Pictures of results: transfer.py.
+file, `embedding` (n, D), `timestamps` (n,), the windows' starts in seconds, and `source`. Pictures of results: transfer.py;
+markdown of results: results/tables.py.
 """
 
 import argparse
@@ -29,7 +28,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 import sys
 import zipfile
 from functools import partial
@@ -446,18 +444,10 @@ def to_json(result):
 
 def table(result):
     """The markdown of a result: its `caption`, and its `table`, a list of {column: text}."""
-    if not isinstance(result, dict) or "table" not in result:
-        raise ValueError("expected a JSON file of results/, with a `table`")
     columns = list(dict.fromkeys(column for row in result["table"] for column in row))
     lines = [columns, ["---"] * len(columns)] + [[str(row.get(c, "")) for c in columns] for row in result["table"]]
     lines = [result.get("caption", ""), "", *("| " + " | ".join(line) + " |" for line in lines)]
     return "\n".join(lines).strip() + "\n"
-
-
-def refresh(text, root):
-    """A README with the tables between its markers made anew from the JSON files they name, relative to `root`."""
-    return re.sub(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)",
-                  lambda m: m[1] + table(json.loads((Path(root) / m[2]).read_text())) + m[3], text, flags=re.S)
 
 
 # -------------------------------------------------------------------------------------------------------------- program
@@ -684,7 +674,6 @@ def build_parser():
     add("--fraction-mode", choices=["balanced", "v1"], default="balanced", help="v1: the released code's rule")
     add("--embed", nargs="+", type=Path, metavar="PATH", help="instead: features of files and folders, into --out")
     add("--tag", nargs="+", type=Path, metavar="FILE", help="instead: the tags of these files, by a tagger.ts")
-    add("--table", nargs="+", type=Path, metavar="FILE", help="instead: print tables of results, renew a README.md's")
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, metavar="FILE", help="encoder.pt; with --embed also encoder.ts, with --tag tagger.ts")
     add("--encoder", default="samplecnn", help="without --ckpt: what --random and --supervised build")
@@ -724,13 +713,13 @@ def main(argv=None):
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
-    paths = (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()), *(args.table or ()))
+    paths = (args.ckpt, args.head, *(args.embed or ()), *(args.tag or ()))
     missing = [str(path) for path in paths if path and not path.exists()]
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     numbers = [getattr(args, name) for name in ("seeds", "patience", "epochs", "min_steps", "batch_size", "bootstrap")]
     for wrong, what in (
             (missing, f"{', '.join(missing)}: no such file"),
-            (not (args.ckpt or args.random or args.supervised or args.table), "type --ckpt runs/NAME/encoder.pt"),
+            (not (args.ckpt or args.random or args.supervised), "type --ckpt runs/NAME/encoder.pt"),
             (not args.ckpt and (args.finetune or args.embed or args.tag), "--finetune, --embed and --tag need --ckpt"),
             (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. --fraction 0.01 0.1 1"),
             (args.hidden and args.probe == "lbfgs", "--probe lbfgs is a linear probe: leave out --hidden"),
@@ -751,13 +740,6 @@ def main(argv=None):
     try:
         if args.embed or args.tag:
             return take_home(args, prepare, model)
-        for path in args.table or ():
-            if path.suffix == ".md":
-                path.write_text(refresh(path.read_text(), path.parent))
-            else:
-                print(f"<!-- table: {path} -->\n{table(json.loads(path.read_text()))}<!-- /table -->\n")
-        if args.table:
-            return 0
         encoder, info = model.load_encoder(args.ckpt) if args.ckpt else (None, {})
         try:
             clips = trained_on(info, lambda name: prepare.Clips(prepare.find(name)), args.data)

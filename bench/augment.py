@@ -395,7 +395,7 @@ def machine() -> dict:
 
 
 def summary(speed: dict) -> dict:
-    """caption and table, as `evaluate.py --table` prints them: views a second of each transform and library."""
+    """caption and table, as `results/tables.py` prints them: views a second of each transform and library."""
     rows = [{"views/s": name} | {library: f"{values[library]['views_per_s']:,.0f}" if library in values else "-" for library in LIBRARIES}
             for name, values in speed["views_per_s"].items() if "ours" in values and "views_per_s" in values["ours"]]
     at = "at " + " ".join(f"{p:g}" for p in speed["probabilities_of_chain"].values())

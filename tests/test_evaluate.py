@@ -412,18 +412,6 @@ def test_what_is_not_for_a_file_is_never_turned_into_text():
     assert json.loads(evaluate.to_json(result)) == {"a": [{"b": [0.333333, None]}], "c": [2.0, "d"]}
 
 
-def test_table_and_readme(evaluated, run, tmp_path):
-    result, done, out = evaluated
-    shutil.copy(out, tmp_path / "x.json")
-    (tmp_path / "README.md").write_text("# A\n<!-- table: x.json -->\nold\n<!-- /table -->\nbetween\n<!-- table: x.json -->\n<!-- /table -->\nend\n")
-    printed = run(["evaluate.py", "--table", tmp_path / "x.json"])
-    assert printed.returncode == 0 and evaluate.table(result) in printed.stdout
-    assert run(["evaluate.py", "--table", tmp_path / "README.md"]).returncode == 0
-    text = (tmp_path / "README.md").read_text()
-    assert text.count(evaluate.table(result)) == 2 and "old" not in text and "\nbetween\n" in text and text.endswith("\nend\n")
-    assert evaluate.refresh(text, tmp_path) == text
-
-
 # rate, channels, seconds, format; the last has more blocks than are kept from the first pass
 @pytest.mark.parametrize("name,rate,channels,seconds,options", [
     ("a.wav", 44100, 2, 50, {"subtype": "FLOAT"}), ("a.mp3", 44100, 2, 50, {}), ("a.flac", 48000, 1, 50, {}), ("a.wav", 22050, 1, 100, {}),
@@ -555,7 +543,6 @@ def test_tag_a_file(run, checkpoint, evaluated, tiny_audio, tiny_data, tmp_path)
     (["--ckpt", str(ROOT / "demo" / "encoder.pt"), "--embed", __file__, "--pool", "mean+last"], 1, "--pool"),
     (["--ckpt", str(ROOT / "demo" / "tagger.ts"), "--embed", __file__], 1, "not embeddings"),
     (["--ckpt", str(ROOT / "demo" / "tagger.ts"), "--tag", __file__, __file__, "--plot"], 1, "one name"),
-    (["--table", str(ROOT / "demo" / "tagger.ts.json")], 1, "expected a JSON"),
     (["--ckpt", __file__, "--data", "x"], 1, "cannot be read as a checkpoint"),
     (["--ckpt", __file__, "--embed", __file__], 1, "cannot be read as a checkpoint")])
 def test_bad_commands_get_one_line(flags, code, says, capsys):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import tables  # noqa: E402
+
 ORDER = {"prepare": set(), "augment": set(), "model": set(), "pretrain": {"prepare", "augment", "model"},
          "evaluate": {"prepare", "model"}, "transfer": {"prepare", "model", "evaluate"}}
 TORCH_ALONE = {"augment", "model"}  # what these import at their head, beside the standard library
@@ -108,9 +109,9 @@ def test_the_python_in_readme_runs():
 
 @pytest.mark.parametrize("page", ["README.md", "demo/MODEL_CARD.md"])
 def test_tables_are_those_of_the_results(page):
-    """The tables between markers are exactly what evaluate.py makes of results/*.json."""
+    """The tables between markers are exactly what results/tables.py makes of results/*.json."""
     text = (ROOT / page).read_text()
-    assert "<!-- table: " in text and evaluate.refresh(text, (ROOT / page).parent) == text
+    assert "<!-- table: " in text and tables.refresh(text, (ROOT / page).parent) == text
     assert not re.search(r"<!-- table: \S+ -->\n<!-- /table -->", text)
 
 
