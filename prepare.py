@@ -60,6 +60,7 @@ SAMPLE_RATE = 22050  # Hz, section 3.3; stands only here, then in the data's met
 SPLITS = ("train", "valid", "test")
 FORMAT = "clmr-data-1"  # of the prepared folder
 FULL_SCALE = 32768  # int16 sample = waveform x 32768
+HEADER = 128  # bytes of audio.npy before its first sample
 AUDIO = set(".wav .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .mp3 .mp2 .wave .m4a .m4b .aac .wma .wv .ape .mpc .tta".split())
 HERE = Path(__file__).resolve().parent
 COLUMNS = {"length": np.int64, "split": np.uint8, "group": np.int64, "labels": np.uint8, "id": str, "sha256": np.uint8,
@@ -205,6 +206,7 @@ class Clip:
     split: str = "train"  # train, valid, test
     group: str = ""       # the song; by default each clip is a song of its own
     tags: tuple = ()      # names
+    artist: str = ""
 
 
 class Listing(list):
@@ -295,7 +297,7 @@ def read_folder(root, labels=None):
     if "file" not in columns or len(form) > 1:
         raise ValueError(f"{labels}: expected a column `file`, and one of `tags` and `label` at most; "
                          f"found {', '.join(columns)}")
-    names = [] if form else [column for column in columns if column not in ("", "file", "split", "group")]
+    names = [] if form else [column for column in columns if column not in ("", "file", "split", "group", "artist")]
     task = "singlelabel" if "label" in form else "multilabel" if form or names else "none"
     starts = [unicodedata.normalize("NFC", f"{Path(path(root)).as_posix()}/") for path in (os.path.normpath, os.path.abspath, os.path.realpath)]
     starts = ["", "./", *(start for start in starts if not any(name.startswith(start) for name in files))]
@@ -323,7 +325,8 @@ def read_folder(root, labels=None):
                 raise ValueError(f"{labels}, line {line}: {reason}")
         tags = [row["label"]] if "label" in form else row.get("tags", "").split(";")
         tags += [tag for tag in names if row[tag] == "1"]
-        clips[name] = Clip(name, None, split, group, tuple(tag.strip() for tag in tags if tag.strip()))
+        clips[name] = Clip(name, None, split, group, tuple(tag.strip() for tag in tags if tag.strip()),
+                           row.get("artist", ""))
     dealt = "80:10:10 by song" if task != "none" else "all train"
     return Listing.match(sorted(clips.values(), key=lambda clip: clip.id), files, unlisted=f"no row in {source}",
                          task=task, tags=names or sorted({tag for clip in clips.values() for tag in clip.tags}),
@@ -486,6 +489,7 @@ def _finished(folder, clips):
 def _seal(folder, out, listing, max_skipped, head):
     """Judge the losses, write the tables and move the folder into place. Returns the meta."""
     columns, songs, rate, skipped = {key: [] for key in COLUMNS}, {}, head["sample_rate"], list(listing.skipped)
+    artists = []
     columns["labels"], columns["sha256"] = bytearray(), bytearray()  # a list of rows would take ten times as much
     with open(folder / "journal.jsonl", "rb") as journal:
         for clip, entry in zip(listing, map(json.loads, journal)):
@@ -493,6 +497,7 @@ def _seal(folder, out, listing, max_skipped, head):
             columns["length"] += entry["lengths"]
             columns["split"] += [SPLITS.index(clip.split)] * n
             columns["group"] += [songs.setdefault(clip.group or clip.id, len(songs))] * n
+            artists += [clip.artist] * n
             columns["labels"] += bytes(tag in clip.tags for tag in listing.tags) * n
             columns["id"] += [clip.id] if n == 1 else [f"{clip.id}@{begin / rate:.6g}" for begin in begins[:n]]
             columns["sha256"] += bytes.fromhex("".join(entry.get("sha256", ())))
@@ -514,6 +519,8 @@ def _seal(folder, out, listing, max_skipped, head):
     for key, width in (("labels", len(listing.tags)), ("sha256", 32)):
         arrays[key] = arrays[key].reshape(-1 if width else len(arrays["id"]), width)
     arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
+    if any(artists):
+        arrays["artist"] = np.array(artists, str)
     count = lambda what: {split: what(arrays["split"] == k) for k, split in enumerate(SPLITS)}
     named = lambda chosen: arrays["id"][chosen].tolist()
     kinds = {kind: sum(s["reason"].startswith(kind) for s in skipped) for kind in ("missing", "broken", "no row")}
@@ -643,52 +650,76 @@ def find(data):
 
 
 class Clips:
-    """The clips of a prepared folder (as `find` returns it), or of one of its splits (train, valid, test).
+    """The clips of a prepared folder (as `find` returns it), or of several that count as one set.
 
-    Attributes: labels (N, K) uint8, group (N,) int64, length (N,) int64 samples, id (N,) str, split (N,) uint8 0 train
-    1 valid 2 test, sha256 (N, 32) uint8 of the samples, tags, task, sample_rate, fingerprint, name, meta, folder.
-    Tables are numpy, audio is torch; indices count inside this view. Waveforms stay on disk and are mapped, so an
-    object is small and may be handed to other processes.
+    Args:
+        folder: a path, or a list of paths, which count in that order. They must share the sample
+            rate. Where their tags or tasks differ, the set has no labels (task "none").
+        split: "train", "valid" or "test"; by default all clips.
+
+    Attributes, tables in numpy: labels (N, K) uint8, group (N,) int64 (clips of one song share it,
+    songs of several folders are kept apart), length (N,) int64 samples, start (N,) int64, id (N,)
+    str, artist (N,) str ("" where it is not known), split (N,) uint8 0 train 1 valid 2 test, sha256
+    (N, 32) uint8 of the samples; tags, task, sample_rate, fingerprint (of several folders made of
+    theirs), name, meta, folder (the first), folders. Indices count inside this view. Waveforms stay
+    on disk and are mapped, so an object is small and may be handed to other processes.
     """
 
     def __init__(self, folder, split=None):
-        self.folder = Path(folder)
         if split not in (None, *SPLITS):
             raise ValueError(f"expected split {', '.join(SPLITS)} or None, got {split!r}")
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            with np.load(self.folder / "clips.npz") as file:
-                chosen = slice(None) if split is None else file["split"] == SPLITS.index(split)
-                vars(self).update({key: file[key][chosen] for key in ("start", *COLUMNS)})
-            keys = ("tags", "task", "sample_rate", "fingerprint", "name")
-            vars(self).update({key: self.meta[key] for key in keys})
-        except FileNotFoundError as error:
-            missing = Path(error.filename).name
-            raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py; {missing} is missing") from None
-        except Exception as error:  # a damaged zip or JSON file has many ways to say so
-            raise ValueError(f"{folder}: expected a folder made by prepare.py; it cannot be read ({error}), "
-                             "prepare it again") from None
+        one = isinstance(folder, (str, os.PathLike))
+        self.folders = [Path(path) for path in ([folder] if one else folder)]
+        if not self.folders:
+            raise ValueError("expected a prepared folder, got an empty list")
+        self.folder = self.folders[0]
+        tables, metas = zip(*map(_read_prepared, self.folders))
+        self.meta = metas[0] if len(metas) == 1 else _joined_meta(self.folders, metas)
+        for key in ("tags", "task", "sample_rate", "fingerprint", "name"):
+            setattr(self, key, self.meta[key])
+        samples = [int(table["length"].sum()) for table in tables]
+        songs = [int(table["group"].max(initial=-1)) + 1 for table in tables]
+        self._first = np.cumsum([0, *samples])  # the first sample of each folder, among all
+        for table, sample, song in zip(tables, self._first, np.cumsum([0, *songs])):
+            table["start"] = table["start"] + sample
+            table["group"] = table["group"] + song
+            if self.task == "none":
+                table["labels"] = table["labels"][:, :0]
+        for key in tables[0]:
+            column = np.concatenate([table[key] for table in tables])
+            setattr(self, key, column)
+        if split is not None:
+            chosen = self.split == SPLITS.index(split)
+            vars(self).update({key: getattr(self, key)[chosen] for key in tables[0]})
 
     def __len__(self):
         return len(self.length)
 
-    def __getstate__(self):
-        return {key: value for key, value in vars(self).items() if key not in ("audio", "kept")}  # each process maps it
+    def __getstate__(self):  # each process maps the samples for itself
+        return {key: value for key, value in vars(self).items() if key not in ("maps", "samples")}
 
     @functools.cached_property
-    def audio(self):
-        """All samples, int16, memory-mapped: clip i is audio[start[i] : start[i] + length[i]]."""
-        return np.load(self.folder / "audio.npy", mmap_mode="r")
+    def maps(self):
+        """Of each folder all samples, int16, memory-mapped: one clip's stand after another's."""
+        return [np.load(folder / "audio.npy", mmap_mode="r") for folder in self.folders]
 
-    kept = None  # the samples (M,) int16 in a device's memory
+    samples = None  # all of them, (M,) int16 in a device's memory, after `keep_on`
 
     def keep_on(self, device):
-        """Copy all samples to `device`, from where `crops` then cuts; False where half of a GPU's free memory is too small."""
-        if torch.device(device).type == "cuda" and self.audio.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-            return False
-        self.kept = torch.empty(len(self.audio), dtype=torch.int16, device=device)
-        for i in range(0, len(self.audio), 1 << 26):  # in pieces: the whole need not fit into this machine's memory
-            self.kept[i : i + (1 << 26)] = torch.from_numpy(np.array(self.audio[i : i + (1 << 26)]))
+        """Copy all samples to `device`, from where `crops` then cuts.
+
+        Returns False, and copies nothing, where half of a GPU's free memory is too small.
+        """
+        total = int(self._first[-1])
+        if torch.device(device).type == "cuda":
+            if 2 * total > torch.cuda.mem_get_info(device)[0] / 2:
+                return False
+        self.samples = torch.empty(total, dtype=torch.int16, device=device)
+        piece = 1 << 26  # the whole need not fit into this machine's memory
+        for audio, first in zip(self.maps, self._first.tolist()):
+            for i in range(0, len(audio), piece):
+                part = torch.from_numpy(np.array(audio[i : i + piece]))
+                self.samples[first + i : first + i + len(part)] = part
         return True
 
     def waveform(self, i):
@@ -696,30 +727,89 @@ class Clips:
         return self.crops([i], [0], int(self.length[i]))[0, 0]
 
     def crops(self, index, start, n_samples):
-        """Cut B crops, the b-th from sample start[b] of clip index[b] on -> (B, 1, n_samples) float32 in [-1, 1), on the
-        CPU, or where `keep_on` put the samples.
+        """Cut B crops, the b-th from sample start[b] of clip index[b] on.
 
-        Raises ValueError for a crop that is not wholly inside its clip: it would be filled from the neighbour.
+        Returns (B, 1, n_samples) float32 in [-1, 1), on the CPU, or where `keep_on` put the samples.
+        Raises ValueError for a crop that is not wholly inside its clip: it would be filled from
+        the neighbour.
         """
-        index, start = np.asarray(index, np.int64).reshape(-1), np.asarray(start, np.int64).reshape(-1)
+        index = np.asarray(index, np.int64).reshape(-1)
+        start = np.asarray(start, np.int64).reshape(-1)
         if len(index) != len(start) or not ((0 <= index) & (index < len(self))).all():
-            raise ValueError(f"expected one start per clip, in 0 .. {len(self) - 1}; got {len(start)} for {index}")
+            raise ValueError(f"expected one start per clip, in 0 .. {len(self) - 1}; "
+                             f"got {len(start)} for {index}")
         for b in np.flatnonzero((start < 0) | (start + n_samples > self.length[index])):
-            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside {self.id[index[b]]}, "
-                             f"{self.length[index[b]]} samples long")
-        if self.kept is not None:
-            at = torch.from_numpy(self.start[index] + start).to(self.kept.device, non_blocking=True)[:, None, None]
-            return self.kept[at + torch.arange(n_samples, device=at.device)] / FULL_SCALE
-        crops, firsts = torch.empty(len(index), 1, n_samples), (self.start[index] + start).tolist()
-        audio, pages = np.asarray(self.audio), self.audio.base  # the plain array is sliced three times as fast
-        for first in firsts if hasattr(mmap, "MADV_WILLNEED") else ():
-            # Ask for all pages of all crops at once: from a cold disk ten times as fast as page fault after page fault.
-            page = (128 + 2 * first) // mmap.PAGESIZE * mmap.PAGESIZE
-            pages.madvise(mmap.MADV_WILLNEED, page, 128 + 2 * (first + n_samples) - page)
-        for row, first in zip(crops.numpy()[:, 0], firsts):
-            row[:] = audio[first : first + n_samples]
+            raise ValueError(f"crop {start[b]} .. {start[b] + n_samples} is not inside "
+                             f"{self.id[index[b]]}, {self.length[index[b]]} samples long")
+        firsts = self.start[index] + start
+        if self.samples is not None:
+            at = torch.from_numpy(firsts).to(self.samples.device, non_blocking=True)
+            offsets = torch.arange(n_samples, device=at.device)
+            return self.samples[at[:, None, None] + offsets] / FULL_SCALE
+        return self._from_disk(firsts, n_samples)
+
+    def _from_disk(self, firsts, n_samples):
+        """The crops that begin at these samples (B,), counted over all folders."""
+        crops = torch.empty(len(firsts), 1, n_samples)
+        folder = np.searchsorted(self._first, firsts, side="right") - 1
+        inside = (firsts - self._first[folder]).tolist()
+        if hasattr(mmap, "MADV_WILLNEED"):
+            # All pages of all crops are asked for at once: from a cold disk ten times as fast as
+            # page fault after page fault.
+            for k, first in zip(folder, inside):
+                page = (HEADER + 2 * first) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = HEADER + 2 * (first + n_samples)
+                self.maps[k].base.madvise(mmap.MADV_WILLNEED, page, end - page)
+        plain = [np.asarray(audio) for audio in self.maps]  # is sliced three times as fast
+        for row, k, first in zip(crops.numpy()[:, 0], folder, inside):
+            row[:] = plain[k][first : first + n_samples]
             row *= 1 / FULL_SCALE  # row by row, while it is in the cache
         return crops
+
+
+def _read_prepared(folder):
+    """(tables {column: array}, meta) of one prepared folder."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        with np.load(folder / "clips.npz") as file:
+            tables = {key: file[key] for key in ("start", *COLUMNS)}
+            n = len(tables["length"])
+            tables["artist"] = file["artist"] if "artist" in file else np.full(n, "")
+        missing = {"tags", "task", "sample_rate", "fingerprint", "name"} - set(meta)
+        if missing:
+            raise KeyError(*sorted(missing))
+        return tables, meta
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise FileNotFoundError(f"{folder}: expected a folder made by prepare.py; "
+                                f"{missing} is missing") from None
+    except Exception as error:  # a damaged zip or JSON file has many ways to say so
+        raise ValueError(f"{folder}: expected a folder made by prepare.py; it cannot be read "
+                         f"({error}), prepare it again") from None
+
+
+def _joined_meta(folders, metas):
+    """One meta for several folders that count as one set."""
+    rates = [meta["sample_rate"] for meta in metas]
+    if len(set(rates)) > 1:
+        found = ", ".join(f"{folder}: {rate} Hz" for folder, rate in zip(folders, rates))
+        raise ValueError(f"expected folders of one sample rate, found {found}; prepare them again "
+                         f"with one --sample-rate")
+    digest = hashlib.sha256(json.dumps([meta["fingerprint"] for meta in metas]).encode())
+    labelled = all((meta["task"], meta["tags"]) == (metas[0]["task"], metas[0]["tags"])
+                   for meta in metas)
+    joined = {
+        "name": "+".join(meta["name"] for meta in metas),
+        "sample_rate": rates[0],
+        "task": metas[0]["task"] if labelled else "none",
+        "tags": metas[0]["tags"] if labelled else [],
+        "fingerprint": digest.hexdigest(),
+        "split_name": " + ".join(dict.fromkeys(meta["split_name"] for meta in metas)),
+        "skipped": [skipped for meta in metas for skipped in meta["skipped"]],
+        "folders": [str(folder) for folder in folders]}
+    for key in ("clips", "songs", "hours"):
+        joined[key] = {split: sum(meta[key][split] for meta in metas) for split in SPLITS}
+    return joined
 
 
 def check(folder, progress=False):
@@ -728,12 +818,13 @@ def check(folder, progress=False):
     if fingerprint(vars(clips), clips.sample_rate, clips.tags) != clips.fingerprint:
         wrong.append("clips.npz, or rate or tags in meta.json, have changed: the fingerprint does not fit")
     try:
-        if len(clips.audio) != clips.length.sum():
-            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {len(clips.audio)}"]
+        audio = clips.maps[0]
+        if len(audio) != clips.length.sum():
+            return [*wrong, f"audio.npy: expected {clips.length.sum()} samples, found {len(audio)}"]
     except (OSError, ValueError) as error:
         return [*wrong, f"audio.npy cannot be read: {error}"]
     for i in tqdm(range(len(clips)), desc="checking", unit="clip", disable=not progress):
-        samples = np.ascontiguousarray(clips.audio[clips.start[i] : clips.start[i] + clips.length[i]])
+        samples = np.ascontiguousarray(audio[clips.start[i] : clips.start[i] + clips.length[i]])
         if hashlib.sha256(samples).digest() != clips.sha256[i].tobytes():
             wrong.append(f"{clips.id[i]}: its samples have changed")
     return wrong

@@ -111,7 +111,7 @@ def crops(folder, rounds, batch=96, n=59049, batches=12):
     file = os.open(path, os.O_RDONLY)
 
     def cold():
-        vars(clips).pop("audio", None)  # unmap, else the pages stay
+        vars(clips).pop("maps", None)  # unmap, else the pages stay
         os.fsync(file)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -233,11 +233,11 @@ def test_crops_from_a_devices_memory_are_those_from_the_disk(tiny_data):
     train = prepare.Clips(tiny_data, "train")
     index, start = np.arange(len(train)), np.arange(len(train)) * 11
     want = train.crops(index, start, 59049)
-    assert train.keep_on("cpu") and train.kept.dtype == torch.int16
+    assert train.keep_on("cpu") and train.samples.dtype == torch.int16
     assert torch.equal(train.crops(index, start, 59049), want)
     with pytest.raises(ValueError, match="not inside"):
         train.crops([0], [train.length[0] - 59048], 59049)
-    assert pickle.loads(pickle.dumps(train)).kept is None
+    assert pickle.loads(pickle.dumps(train)).samples is None
 
 
 def test_views_and_crops(tiny_data):
@@ -356,7 +356,7 @@ def test_a_row_without_a_file_and_a_file_without_a_row(cli, tmp_path):
     ([("file", "label", "tags"), ("a.wav", "x", "y")], "one of `tags` and `label`"),
     ([("file", "label"), ("a.wav", "x"), ("a.wav", "y")], "line 3: a.wav stands there a second time"),
     ([("file", "label"), ("a.wav", "")], "line 2: a.wav has no label"),
-    ([("file", "old", "artist"), ("a.wav", "1", "Bach")], "tag column `artist`, found 'Bach'"),
+    ([("file", "old", "composer"), ("a.wav", "1", "Bach")], "tag column `composer`, found 'Bach'"),
     ([("file", "split", "label"), ("a.wav", "dev", "x")], "train, valid or test in the column `split`, found 'dev'"),
     ([("file", "label"), ("z.wav", "x")], "none of the 1 recordings listed is there"),
     ([("file", "label")], "found no row")])
@@ -1007,3 +1007,76 @@ def test_a_broken_archive_names_the_files_to_remove(tmp_path):
         published.unpack(tmp_path / "g.zip", tmp_path)
     with pytest.raises(OSError, match="rm one.001 'two 2.002' and type the same command again"):
         published.unpack(tmp_path / "g.zip", tmp_path, ["one.001", "two 2.002"])
+
+
+# ------------------------------------------------------------------------------------ several folders as one set
+
+@pytest.fixture(scope="module")
+def two_folders(tmp_path_factory):
+    """Two prepared folders with the same two tags, 4 and 3 songs, of which some have two clips."""
+    root = tmp_path_factory.mktemp("two")
+    for name, n in (("one", 4), ("two", 3)):
+        songs(root / f"{name}-in", n, 0.5 if name == "one" else 0.7)
+        rows = [(f"{chr(97 + i)}.wav", ("train", "test")[i % 2], f"song {i // 2}", "x" if i else "y") for i in range(n)]
+        labels = table(root / f"{name}.csv", ("file", "split", "group", "tags"), *rows)
+        quietly(prepare.read_folder(root / f"{name}-in", labels), root / name)
+    return root / "one", root / "two"
+
+
+def test_several_folders_are_one_set_in_their_order(two_folders):
+    one, two = map(prepare.Clips, two_folders)
+    both = prepare.Clips(two_folders)
+    assert len(both) == 7
+    assert both.id.tolist() == one.id.tolist() + two.id.tolist()
+    assert (both.labels == np.concatenate([one.labels, two.labels])).all()
+    assert (both.tags, both.task, both.sample_rate, both.name) == (["x", "y"], "multilabel", 22050, "one+two")
+    assert both.meta["clips"] == {"train": 4, "valid": 0, "test": 3}
+    for i in range(7):
+        assert torch.equal(both.waveform(i), one.waveform(i) if i < 4 else two.waveform(i - 4))
+
+
+def test_songs_of_several_folders_are_kept_apart(two_folders):
+    assert prepare.Clips(two_folders).group.tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert prepare.Clips(two_folders, "train").group.tolist() == [0, 1, 2, 3]
+
+
+def test_crops_come_from_every_folder_and_from_a_devices_memory_the_same(two_folders):
+    test = prepare.Clips(two_folders, "test")
+    index = np.array([2, 0, 1, 2])
+    start = np.array([5, 0, 700, 0])
+    crops = test.crops(index, start, 8000)
+    for b in range(4):
+        assert torch.equal(crops[b, 0], test.waveform(index[b])[start[b] : start[b] + 8000])
+    assert test.keep_on("cpu")
+    assert torch.equal(test.crops(index, start, 8000), crops)
+    assert torch.equal(pickle.loads(pickle.dumps(test)).crops(index, start, 8000), crops)
+
+
+def test_the_fingerprint_of_several_folders_is_made_of_theirs(two_folders):
+    one, two = two_folders
+    assert prepare.Clips([one]).fingerprint == prepare.Clips(one).fingerprint
+    assert len({prepare.Clips(folders).fingerprint for folders in (one, two, [one, two], [two, one])}) == 4
+
+
+def test_folders_of_other_tags_count_without_labels(two_folders, tmp_path):
+    quietly(prepare.read_folder(songs(tmp_path / "in", 2)), tmp_path / "out")
+    mixed = prepare.Clips([two_folders[0], tmp_path / "out"])
+    assert (mixed.task, mixed.tags, mixed.labels.shape) == ("none", [], (6, 0))
+
+
+def test_folders_of_other_sample_rates_are_refused(two_folders, tmp_path):
+    quietly(prepare.read_folder(songs(tmp_path / "in", 2)), tmp_path / "out", sample_rate=16000)
+    with pytest.raises(ValueError, match="one sample rate, found .*22050 Hz, .*16000 Hz"):
+        prepare.Clips([two_folders[0], tmp_path / "out"])
+
+
+def test_artists_are_kept_and_change_no_fingerprint(tmp_path):
+    songs(tmp_path / "in", 2)
+    with_artist = table(tmp_path / "a.csv", ("file", "artist", "tags"), ("a.wav", "Ada", "x"), ("b.wav", "", "y"))
+    without = table(tmp_path / "b.csv", ("file", "tags"), ("a.wav", "x"), ("b.wav", "y"))
+    quietly(prepare.read_folder(tmp_path / "in", with_artist), tmp_path / "with")
+    quietly(prepare.read_folder(tmp_path / "in", without), tmp_path / "without")
+    known, unknown = prepare.Clips(tmp_path / "with"), prepare.Clips(tmp_path / "without")
+    assert known.artist.tolist() == ["Ada", ""]
+    assert unknown.artist.tolist() == ["", ""]
+    assert known.fingerprint == unknown.fingerprint
