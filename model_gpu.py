@@ -1,7 +1,7 @@
 """The training pass of SampleCNN's blocks on a GPU: what lies between the convolutions, as Triton kernels.
 
 Optional: model.py uses this file where it lies beside it, on a GPU and with Triton (which comes with torch for Linux); without
-it the same numbers come from torch's layers, in about four times the time (results/pretrain-gpu-step.json). The convolutions of
+it the same numbers come from torch's layers, in about four times the time (results/speed/pretrain-gpu-step.json). The convolutions of
 a step of 96 pairs take an H200 3.2 ms, the step by torch's layers 35: bias, batch norm, max-pool and ReLU each read and write
 tensors of up to a gigabyte, forward and backward. Here a convolution's output y is read
 

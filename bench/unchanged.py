@@ -1,12 +1,14 @@
-"""Did a change of the code change a number? Fingerprints of what must stay the same, to be compared with an earlier run's.
+"""Did a change of the code change a number? Fingerprints of what must stay the same.
 
-    python bench/unchanged.py --out before.json                  # a minute or two; then change the code
-    python bench/unchanged.py --against before.json              # one line per difference, exit code 1 if there is any
+    python bench/unchanged.py --out before.json        # a minute or two; then change the code
+    python bench/unchanged.py --against before.json    # one line per difference; exit code 1 if any
 
-What is written down: the fingerprint and samples of the prepared demo; the chain's output on fixed draws; the encoder after 10
-steps on the demo (CLMR and CPC, width 0.125, float32 and bfloat16, one process and two); an evaluation of the encoder that is
-named by --ckpt, if any. Bits are the same only on the same machine and versions of the libraries, with one thread each.
+What is written down: the fingerprint and samples of the prepared demo; the chain's output on fixed
+draws; the encoder after 10 steps on the demo (CLMR and CPC, width 0.125, float32 and bfloat16, one
+process and two); an evaluation of the encoder that is named by --ckpt, if any. Bits are the same
+only on the same machine and versions of the libraries, with one thread each.
 """
+
 import argparse
 import hashlib
 import json
@@ -16,9 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = common.ROOT
 sys.path.insert(0, str(ROOT))
 STEPS = ["--width", 0.125, "--batch-size", 16, "--max-steps", 10, "--device", "cpu", "--seed", 3]
 
@@ -37,7 +40,8 @@ def digest(tensors):
     """sha256 over tensors, in order."""
     sha256 = hashlib.sha256()
     for tensor in tensors:
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha256.update(flat.view(torch.uint8).numpy().tobytes())
     return sha256.hexdigest()
 
 
@@ -70,17 +74,24 @@ def fingerprints(folder, ckpt):
                 found[f"{method}, {amp}, {processes} processes"] = digest(state.values())
     if ckpt:
         result = folder / "result.json"
-        call("evaluate.py", "--ckpt", ckpt, "--data", data, "--seeds", 1, "--device", "cpu", "--out", result, "--export", folder)
+        flags = ["--seeds", 1, "--device", "cpu", "--out", result, "--export", folder]
+        call("evaluate.py", "--ckpt", ckpt, "--data", data, *flags)
         found["evaluation"] = json.loads(result.read_text())["results"][0]["mean"]
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Fingerprints of what must stay the same.", allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, help="an encoder to evaluate, e.g. a copy of demo/encoder.pt")
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="bench/unchanged.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--ckpt", type=Path, help="an encoder to evaluate")
     parser.add_argument("--out", type=Path, help="write them down")
     parser.add_argument("--against", type=Path, help="compare with those of an earlier run")
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         found = fingerprints(Path(folder), args.ckpt and args.ckpt.resolve())
     if args.out:

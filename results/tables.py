@@ -1,11 +1,11 @@
 """Tables of results as markdown, made from the JSON files that hold them, so that no page can differ from what was measured.
 
-    python results/tables.py results/moods.json              # print its table, between the markers that a page needs
+    python results/tables.py results/full/moods-20000.json              # print its table, between the markers that a page needs
     python results/tables.py README.md results/README.md     # renew the tables that stand in pages
 
 A page names the file of a table, relative to the page's own folder; what stands between the markers is replaced:
 
-    <!-- table: results/moods.json -->
+    <!-- table: results/full/moods-20000.json -->
     <!-- /table -->
 
 A file of results has a `table`, a list of rows {column: text}, and a `caption`, which goes above it.
