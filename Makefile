@@ -1,8 +1,9 @@
-# make demo    the main job on the music in demo/, on a CPU, a few minutes
+# make demo    the main job on the music in demo/, on a CPU, some minutes
 # make test    all tests
 # make setup   .venv from requirements.txt (both of the above do it when needed)
 PYTHON ?= python3
 PY = .venv/bin/python
+SMALL = --width 0.25 --batch-size 48 --max-steps 150 --lr 1e-3
 
 .PHONY: demo test setup clean
 
@@ -16,15 +17,17 @@ setup: .venv/ready
 
 demo: setup
 	$(PY) prepare.py --data demo
-	$(PY) pretrain.py --data demo --width 0.25 --batch-size 48 --max-steps 150 --lr 1e-3 --save-every 25 --probe-every 25 --out runs/demo
+	$(PY) pretrain.py --data demo $(SMALL) --save-every 25 --probe-every 25 --out runs/demo
 	$(PY) pretrain.py --plot runs/demo
 	$(PY) evaluate.py --ckpt runs/demo/encoder.pt --random
 	$(PY) transfer.py --results runs/demo/evaluate-demo.json --plots runs/demo/plots
-	$(PY) transfer.py --ckpt this-demo=runs/demo/encoder.pt shipped=demo/encoder.pt --data demo --random --out runs/demo/shipped.json
+	$(PY) transfer.py --ckpt this-demo=runs/demo/encoder.pt shipped=demo/encoder.pt --data demo --random \
+	  --out runs/demo/shipped.json
 	@echo
-	@echo "What this shows: every stage works on real music. What it cannot show: how good the method is. 37 test excerpts put"
-	@echo "some 16 points of chance around each accuracy, and a class is one game's soundtrack as much as one author. The shipped"
-	@echo "encoder (demo/MODEL_CARD.md) saw more music, some of these authors' among it, without labels."
+	@echo "What this shows: every stage works on real music. What it cannot show: how good the"
+	@echo "method is. 37 test excerpts put some 16 points of chance around each accuracy, and a class"
+	@echo "is one game's soundtrack as much as one author. The shipped encoder (demo/MODEL_CARD.md)"
+	@echo "saw more music, some of these authors' among it, without labels."
 	@echo "Files: runs/demo/encoder.pt encoder.ts tagger.ts curves.png plots/ evaluate-demo.json"
 	@echo "Next:  $(PY) evaluate.py --ckpt runs/demo/tagger.ts --tag YOUR-SONG.mp3"
 	@echo "       $(PY) prepare.py --data folder --root YOUR-MUSIC --name mine"

@@ -32,11 +32,18 @@ TABLE = re.compile(r"<!-- table: \S+ -->.*?<!-- /table -->", re.S)
 # ------------------------------------------------------------------------------- commands
 
 
+def makefile():
+    """The Makefile with its variables written out, PY as `python`."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    values = dict(re.findall(r"^(\w+) \??= (.*)$", text, re.M)) | {"PY": "python"}
+    return re.sub(r"\$\((\w+)\)", lambda found: values.get(found[1], found[0]), text)
+
+
 def texts():
     """(where, text) of all that shows commands: pages, the Makefile, the files' first docstrings."""
     for page in PAGES:
         yield page, TABLE.sub("", (ROOT / page).read_text(encoding="utf-8"))
-    yield "Makefile", (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(PY)", "python")
+    yield "Makefile", makefile()
     files = [
         *ROOT.glob("*.py"),
         *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")),
