@@ -1,0 +1,117 @@
+"""`embed`: what the encoder makes of recordings, for one's own programs.
+
+Leaves, of every file, OUT/NAME.npz: `embedding` (n, D) float32, one row a window, `timestamps` (n,), where the windows
+start in seconds, and `source`, what the rows depend on. With --one-file instead OUT.npz: `embedding` (N, D), the mean of
+each file's windows, and `id` (N,), its name.
+"""
+
+import contextlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from library.listen import files_of
+from library.network import Network, hear_whole, load_network
+from library.terminal import Stop, as_json, print_json, printable, progress, report_failures
+
+
+def source_of(network: Network, hop: float | None, file: Path) -> str:
+    """What the rows of a file depend on, as text."""
+    state = file.stat()
+    return json.dumps([network.identity, hop, str(file.resolve()), state.st_size, state.st_mtime_ns])
+
+
+def is_done(target: Path, source: str) -> bool:
+    """Was this very source embedded before? ValueError where something else lies there."""
+    if not target.exists():
+        return False
+    was = None
+    with contextlib.suppress(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile), np.load(target) as old:
+        was = str(old["source"])
+    if was != source:
+        raise ValueError(f"{target} is damaged, or of another recording, encoder or --hop; type --overwrite, or another "
+                         "--out")
+    return True
+
+
+def save(target: Path, **arrays):
+    """An npz that is either there and whole, or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name[:200]}.partial.npz")
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def run(args) -> int:
+    """The verb."""
+    network = load_network(args.ckpt, args.features, args.device, args.amp)
+    files = files_of(args.paths)
+    if args.one_file:
+        return in_one_file(files, network, args)
+    targets = {file: args.out / f"{name}.npz" for name, file in files.items()}
+    failed: list[tuple] = []
+    todo = []
+    before = 0
+    for file, target in targets.items():
+        try:
+            done = not args.overwrite and is_done(target, source_of(network, args.hop, file))
+            before += done
+            todo += [] if done else [file]
+        except (OSError, ValueError) as error:
+            failed.append((file, str(error).removeprefix(f"{file}: ")))
+    with progress(len(todo), "embedding") as bar:
+        for file, result in hear_whole(todo, network, args.hop, args.workers, args.timeout):
+            bar.update()
+            if isinstance(result, str):
+                failed.append((file, result))
+                continue
+            rows, starts, short = result
+            target = targets[file]
+            save(target, embedding=rows, timestamps=starts, source=source_of(network, args.hop, file))
+            if not args.json:
+                note = ", shorter than a window, padded with silence" * short
+                bar.write(f"{printable(target)} {rows.shape}{note}")
+    return close(targets, before, failed, args)
+
+
+def in_one_file(files: dict[str, Path], network: Network, args) -> int:
+    """--one-file: a matrix of the files' means, and their names in its order."""
+    target = args.out.with_name(f"{args.out.name.removesuffix('.npz')}.npz")
+    if target.exists() and not args.overwrite:
+        raise Stop(f"{target} is there already: type --overwrite, or another --out")
+    names = {file: name for name, file in files.items()}
+    failed: list[tuple] = []
+    means = {}
+    with progress(len(files), "embedding") as bar:
+        for file, result in hear_whole(names, network, args.hop, args.workers, args.timeout):
+            bar.update()
+            if isinstance(result, str):
+                failed.append((file, result))
+            else:
+                means[names[file]] = result[0].mean(0)
+    if means:
+        order = sorted(means)
+        save(target, embedding=np.stack([means[name] for name in order]), id=np.array(order),
+             identity=network.identity)
+    return close({file: target for file in names}, 0, failed, args)
+
+
+def close(targets: dict[Path, Path], before: int, failed: list[tuple], args) -> int:
+    """The closing lines, and the exit code."""
+    done = len(targets) - len(failed)
+    if args.json:
+        print_json({"embedded": done, "before": before, "failed": as_json(failed),
+                    "files": sorted({os.fsdecode(target) for target in targets.values()})})
+        return int(bool(failed))
+    print(f"{done} of {len(targets)} files embedded, {before} of them before")
+    report_failures(failed)
+    if done:
+        example = next(target for file, target in targets.items() if file not in dict(failed))
+        print(f"next: in Python, numpy.load({printable(repr(os.fsdecode(example)))})['embedding']")
+    return int(bool(failed))

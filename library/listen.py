@@ -1,0 +1,343 @@
+"""Files to audio: whole or in excerpts, at one loudness if that is wanted, decoded by processes of their own.
+
+A collection holds files that crash or hang a decoder. Here each decoding process may die: its file is tried once more,
+alone, then reported, and all others go on.
+"""
+
+import contextlib
+import hashlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import prepare
+import soundfile
+import torch
+from torch.nn import functional as F
+
+from library.terminal import Stop
+
+LOUDNESS = 0.1  # root mean square of every window, where level shall not decide
+SILENCE = 1e-4  # -80 dB: softer windows stay as they are, for they hold nothing but noise
+RATES = range(1000, 768_001)  # Hz, of files that are read by seeking; others are prepare's to judge
+
+
+# --- excerpts: a song in ten windows, without reading the rest
+
+class Unseekable(Exception):
+    """The container cannot seek, or not truly: the file has to be read in order."""
+
+
+def place(length: int, size: int, count: int) -> np.ndarray:
+    """Starts (count,) of windows of `size` spread evenly over `length` samples, each in the middle of its part.
+
+    >>> place(100, 10, 3)
+    array([15, 45, 75])
+    """
+    return ((length - size) * (np.arange(count) + 0.5) / count).astype(np.int64)
+
+
+def by_seeking(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
+    """`count` windows (count, size) of a file and its seconds; raises Unseekable where it has to be read in order."""
+    try:
+        # As an open file, so that names in any encoding open as well.
+        with (open(path, "rb", buffering=0) as raw,
+              soundfile.SoundFile(raw.fileno(), closefd=False) as file):
+            rate = file.samplerate
+            span = math.ceil(size * rate / sample_rate) + 1
+            if not file.seekable() or rate not in RATES or file.frames < 2 * count * span:
+                raise Unseekable
+            windows = np.empty((count, size), np.float32)
+            for row, start in zip(windows, place(file.frames, span, count)):
+                file.seek(start)
+                block = file.read(span, dtype="float32", always_2d=True)
+                if len(block) < span:
+                    raise Unseekable
+                mono = torch.from_numpy(block.mean(1))
+                row[:] = prepare.resample(mono, rate, sample_rate)[:size]
+            return windows, file.frames / rate
+    except (soundfile.SoundFileError, RuntimeError, OverflowError):
+        raise Unseekable from None
+
+
+def by_reading(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
+    """As `by_seeking`, of any file that prepare decodes, in one pass and in the memory of 4 `count` windows.
+
+    Windows are kept on a grid that becomes twice as wide whenever too many are kept; a song shorter than a window is
+    padded with silence, one of few windows gives overlapping ones.
+    """
+    step = size // 4
+    audio = torch.zeros(0)
+    grid: list[np.ndarray] = []
+    first = 0  # where `audio` starts in the song
+    total = 0
+    for piece in prepare.stream(path, sample_rate):
+        total += len(piece)
+        audio = torch.cat([audio, piece])
+        while (at := len(grid) * step - first) + size <= len(audio):
+            grid.append(audio[at : at + size].numpy().copy())
+            if len(grid) > 8 * count:
+                grid = grid[::2]
+                step *= 2
+        skip = max(0, min(len(audio), len(grid) * step - first))
+        audio = audio[skip:]
+        first += skip
+    if not grid:
+        return F.pad(audio, (0, size - len(audio)))[None].numpy(), total / sample_rate
+    chosen = place(len(grid), 1, min(count, len(grid)))
+    return np.stack([grid[k] for k in chosen]), total / sample_rate
+
+
+def excerpts(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
+    """`count` windows (n, size) spread over a song, decoded without the rest where its container can seek, and its
+    seconds. Raises what `prepare.decode` raises."""
+    try:
+        windows, seconds = by_seeking(path, sample_rate, size, count)
+    except Unseekable:
+        windows, seconds = by_reading(path, sample_rate, size, count)
+    if not np.isfinite(windows).all():
+        raise ValueError(f"{path}: samples that are NaN or infinite")
+    return windows, seconds
+
+
+def every_window(path, sample_rate: int, size: int) -> Iterator[np.ndarray]:
+    """All non-overlapping windows of a song in pieces (n, size); one shorter than a window is padded with silence."""
+    rest = torch.zeros(0)
+    whole = False
+    for piece in prepare.stream(path, sample_rate):
+        rest = torch.cat([rest, piece])
+        full = len(rest) // size
+        for part in rest[: full * size].view(full, size).split(64):
+            whole = True
+            yield part.numpy().copy()
+        rest = rest[full * size :]
+    if not whole:
+        yield F.pad(rest, (0, size - len(rest)))[None].numpy()
+
+
+def equal_loudness(windows: np.ndarray) -> np.ndarray:
+    """Windows (n, size) scaled to one root mean square each, so that level decides over nothing.
+
+    >>> equal_loudness(np.full((1, 4), 0.5, np.float32))
+    array([[0.1, 0.1, 0.1, 0.1]], dtype=float32)
+    """
+    level = np.sqrt(np.square(windows, dtype=np.float32).mean(1, keepdims=True))
+    return np.where(level < SILENCE, windows, windows * (LOUDNESS / np.maximum(level, SILENCE)))
+
+
+def files_of(paths: list[Path]) -> dict[str, Path]:
+    """Every file that is named, and every audio file of every folder: {its name: its path}; Stop where two share a name."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        found = prepare.audio_files(path) if path.is_dir() else {path.name: path}
+        for name, file in found.items():
+            if files.setdefault(name, file) != file:
+                raise Stop(f"{files[name]} and {file} would both become {name}: name them one by one, each with an "
+                           "--out of its own")
+    return files
+
+
+# --- what else a file says of itself
+
+def tags_of(path) -> dict:
+    """artist, title, album, year and genre as the file's own tags have them; None where they say nothing."""
+    import mutagen
+
+    names = {"artist": ("artist",), "title": ("title",), "album": ("album",),
+             "year": ("originaldate", "date", "year"), "genre": ("genre",)}
+    found = dict.fromkeys(names)
+    with contextlib.suppress(Exception):  # a broken tag costs the tag, not the song
+        tags = mutagen.File(path, easy=True).tags or {}
+        for name, keys in names.items():
+            values = next((tags[key] for key in keys if tags.get(key)), [])
+            text = "; ".join(map(str, values)) if isinstance(values, list) else str(values)
+            found[name] = text.strip()[:1000] or None
+    return found
+
+
+def sample_of(path) -> str:
+    """A hash of a file's size, and of its beginning, middle and end: does it lie elsewhere now, unchanged?"""
+    size = os.stat(path).st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(0, size - (1 << 16))):
+            file.seek(start)
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+@dataclass
+class Heard:
+    """What a decoding process says of a song when it has sent its windows."""
+
+    seconds: float
+    audio: str
+    sample: str
+    tags: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """How songs are heard for the store: `hearing(path)` yields windows (n, size), and at the end a Heard."""
+
+    sample_rate: int
+    size: int
+    count: int = 10
+    every: bool = False
+
+    def __call__(self, path) -> Iterator[np.ndarray | Heard]:
+        if self.every:
+            pieces = every_window(path, self.sample_rate, self.size)
+            seconds = 0.0
+        else:
+            windows, seconds = excerpts(path, self.sample_rate, self.size, self.count)
+            pieces = [windows]
+        digest = hashlib.sha256()
+        silent = True
+        for windows in pieces:
+            digest.update((windows * 32768).round().clip(-32768, 32767).astype("<i2").tobytes())
+            silent = silent and bool(np.abs(windows).max() < SILENCE)
+            seconds += windows.size / self.sample_rate if self.every else 0
+            yield equal_loudness(windows)
+        if silent:
+            raise ValueError(f"{path}: silent: nothing to hear in it")
+        yield Heard(seconds, digest.hexdigest(), sample_of(path), tags_of(path))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How files are heard for embeddings and tags: `whole(path)` yields all of a file, in pieces (n,)."""
+
+    sample_rate: int
+
+    def __call__(self, path) -> Iterator[np.ndarray]:
+        for piece in prepare.stream(path, self.sample_rate):
+            yield np.asarray(piece)
+
+
+# --- processes
+
+PIECE = "piece"    # a part of what was asked for
+END = "end"        # the file is done
+FAILED = "failed"  # it cannot be heard; the content is the reason
+AGAIN = "again"    # its process died or hung: what came of it so far is void, it will be tried once more
+
+
+class Decoder:
+    """A process that hears files; it may crash or hang without harm to others."""
+
+    def __init__(self, hear: Callable):
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, hear), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.path = None
+        self.since = 0.0
+
+    def take(self, path):
+        """Begin with a file."""
+        self.path = path
+        self.since = time.monotonic()
+        self.pipe.send(path)
+
+    def receive(self) -> tuple[str, object]:
+        """What it has to say; (AGAIN, why) where it has died."""
+        try:
+            self.since = time.monotonic()
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(1)
+            return AGAIN, f"it crashes the decoder (exit code {self.process.exitcode})"
+
+    def close(self):
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe, hear):
+    """A decoding process: paths in, (kind, content) out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Decoders talk on stderr, into the progress bar.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if sys.platform == "linux":
+        # A fork holds the parent's locks and its ends of the other pipes: with them it would outlive a killed parent.
+        os.closerange(3, pipe.fileno())
+        os.closerange(pipe.fileno() + 1, 1 << 16)
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            path = pipe.recv()
+            try:
+                for piece in hear(path):
+                    pipe.send((PIECE, piece))
+                answer = (END, None)
+            except Exception as error:  # whatever a decoder throws costs this file alone
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                answer = (FAILED, reason[0].removeprefix(f"{path}: "))
+            pipe.send(answer)
+
+
+def hear_all(paths: Iterable[Path], hear: Callable, workers: int = 1,
+             timeout: float = 300.0) -> Iterator[tuple[Path, str, object]]:
+    """Decode files in processes: yields (path, kind, content), the pieces of each file in their order.
+
+    Args:
+        paths: files; each is asked for when a process is free for it.
+        hear: hear(path) yields the pieces; it runs in the processes.
+        workers: how many processes. timeout: seconds without a word after which a file is given up.
+
+    kind: PIECE (content: the piece), END, FAILED (content: the reason), or AGAIN: what came of this file so far is void.
+    """
+    lost: list[Path] = []
+    for path, kind, content in _hear(paths, hear, workers, timeout):
+        lost += [path] if kind == AGAIN else []
+        yield path, kind, content
+    for path in lost:
+        for _, kind, content in _hear([path], hear, 1, timeout):
+            yield path, FAILED if kind == AGAIN else kind, content
+
+
+def _hear(paths, hear, workers, timeout):
+    """One round of `hear_all`, in which a file that crashes or hangs its process ends with AGAIN."""
+    paths = iter(paths)
+    idle: list[Decoder] = []
+    busy: dict = {}  # pipe -> Decoder
+    more = True
+    try:
+        while more or busy:
+            while more and len(busy) < workers:
+                path = next(paths, None)
+                more = path is not None
+                if more:
+                    decoder = idle.pop() if idle else Decoder(hear)
+                    decoder.take(path)
+                    busy[decoder.pipe] = decoder
+            ready = wait(list(busy), timeout=min(1.0, timeout))
+            for pipe in ready:
+                decoder = busy[pipe]
+                kind, content = decoder.receive()
+                if kind == AGAIN:
+                    busy.pop(pipe).close()
+                elif kind != PIECE:
+                    idle.append(busy.pop(pipe))
+                yield decoder.path, kind, content
+                decoder.since = time.monotonic()
+            for decoder in list(busy.values()):
+                if time.monotonic() - decoder.since > timeout and not decoder.pipe.poll():
+                    busy.pop(decoder.pipe).close()
+                    yield decoder.path, AGAIN, f"not decoded after {timeout:g} s"
+    finally:
+        for decoder in [*idle, *busy.values()]:
+            decoder.close()

@@ -1,0 +1,144 @@
+"""Audio to features or tags: one network behind one small face, whatever file it came from."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import model
+import numpy as np
+import prepare
+import torch
+from torch.nn import functional as F
+
+from library import listen
+from library.terminal import Stop
+
+SHIPPED = Path(__file__).resolve().parent.parent / "demo"
+DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Network:
+    """A network in eval mode: `network(windows (n, size)) -> (n, D)` features, or (n, K) probabilities of `tags`.
+
+    identity: what its numbers depend on, a hash. kind: levels (every block's mean and maximum over time), output, tags.
+    """
+
+    module: torch.nn.Module
+    kind: str
+    identity: str
+    sample_rate: int
+    size: int
+    tags: list[str]
+    name: str
+    batch: int = 16
+
+    @torch.inference_mode()
+    def __call__(self, windows: np.ndarray) -> np.ndarray:
+        like = next(self.module.parameters())
+        rows = [self.module(part[:, None].to(like.device, like.dtype)).float().cpu()
+                for part in torch.as_tensor(windows).split(self.batch)]
+        return torch.cat(rows).numpy()
+
+
+def load_network(path=None, kind: str = "levels", device: str = "auto", amp: str = "auto") -> Network:
+    """An encoder's or tagger's file as a Network.
+
+    Args:
+        path: encoder.pt, tagger.pt, or their TorchScript (a program: load only your own); by default what ships.
+        kind: levels, output (of encoder.pt), or tags (of a tagger). device, amp: as everywhere.
+
+    Raises Stop where the file is of the other sort, and what model.py raises where it cannot be read.
+    """
+    path = Path(path or default(kind))
+    where = model.choose_device(device)
+    if path.suffix == ".ts":
+        module = torch.jit.load(path, map_location=where).eval()
+        told = "tags" if module.tags else "output"
+        sample_rate = module.sample_rate
+    elif kind == "tags":
+        module = model.load_tagger(path)[0]
+        told = "tags"
+        sample_rate = module.sample_rate
+    else:
+        encoder, info = model.load_encoder(path)
+        module = encoder
+        told = kind
+        # Checkpoints of the authors do not state it.
+        sample_rate = info["sample_rate"] or prepare.SAMPLE_RATE
+    if (told == "tags") != (kind == "tags"):
+        wanted = "tagger.pt" if kind == "tags" else "encoder.pt"
+        raise Stop(f"{path} gives {told}: expected {wanted}; type --ckpt {wanted}")
+    identity = hashlib.sha256(f"{model.weights_sha256(module)} {told}".encode()).hexdigest()
+    size = module.input_samples
+    tags = list(getattr(module, "tags", ()))
+    if path.suffix != ".ts":
+        module = prepared(module, told)
+        module.to(where, DTYPE[model.choose_amp(where, amp)])
+    batch = 16 if where.type == "cpu" else 512
+    return Network(module.eval(), told, identity, sample_rate, size, tags, str(path.resolve()), batch)
+
+
+def prepared(module: torch.nn.Module, kind: str) -> torch.nn.Module:
+    """The module for inference: batch norms folded, with `levels` the features of every block."""
+    if kind == "levels":
+        return model.Levels(model.fold_batch_norm(module))
+    return model.fold_batch_norm(module)
+
+
+def default(kind: str) -> Path:
+    """What ships for this kind of network."""
+    if kind != "tags":
+        return SHIPPED / "encoder.pt"
+    weights = SHIPPED / "tagger.pt"
+    return weights if weights.exists() else SHIPPED / "tagger.ts"
+
+
+class Frames:
+    """A recording through the network, one window every `hop` seconds (by default a window), in the memory of a piece.
+
+    `push` its audio piece by piece, then take the `rows`.
+    """
+
+    def __init__(self, network: Network, hop: float | None = None):
+        self.network = network
+        self.step = network.size if hop is None else max(1, round(hop * network.sample_rate))
+        self.audio = torch.zeros(0)
+        self.ahead = 0  # samples to pass over before the next window begins
+        self.parts: list[np.ndarray] = []
+
+    def push(self, piece: np.ndarray):
+        """The next samples (n,)."""
+        self.audio = torch.cat([self.audio, torch.as_tensor(piece)[self.ahead :]])
+        self.ahead = max(0, self.ahead - len(piece))
+        if len(self.audio) < self.network.size:
+            return
+        windows = self.audio.unfold(0, self.network.size, self.step)
+        self.parts += [self.network(part) for part in windows.split(self.network.batch)]
+        done = len(windows) * self.step
+        self.ahead = max(0, done - len(self.audio))
+        self.audio = self.audio[done:]
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Rows (n, D or K); the windows' starts (n,) in seconds; was it shorter than a window, and padded with silence?"""
+        short = not self.parts
+        if short:
+            self.parts.append(self.network(F.pad(self.audio, (0, self.network.size - len(self.audio)))[None]))
+        rows = np.concatenate(self.parts)
+        return rows, np.arange(len(rows)) * self.step / self.network.sample_rate, short
+
+
+def hear_whole(files: Iterable[Path], network: Network, hop: float | None, workers: int, timeout: float
+               ) -> Iterator[tuple[Path, tuple | str]]:
+    """Files through the network, decoded in processes: yields (file, what `Frames.rows` gives, or the reason why not)."""
+    open_files: dict[Path, Frames] = {}
+    for path, kind, content in listen.hear_all(files, listen.Whole(network.sample_rate), workers, timeout):
+        if kind == listen.PIECE:
+            open_files.setdefault(path, Frames(network, hop)).push(content)
+        elif kind == listen.END:
+            yield path, open_files.pop(path, Frames(network, hop)).rows()
+        else:
+            open_files.pop(path, None)
+            if kind == listen.FAILED:
+                yield path, content
