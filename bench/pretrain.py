@@ -343,7 +343,7 @@ def curves(args):
 
 
 def least_bytes(batch, channels, samples):
-    """Bytes that each kernel of model_gpu.py must move in a step of so many views, bfloat16."""
+    """Bytes that each kernel of kernels/gpu.py must move in a step of so many views, bfloat16."""
     names = ("_stem", "_stem_sums", "_maxima", "_normalise", "_gradient_sums", "_spread")
     total = dict.fromkeys(names, 0)
     steps = samples // 3
@@ -368,6 +368,7 @@ def gpu(args):
     from torch.profiler import profile as profiler
 
     import augment
+    import kernels
     import model
     import pretrain
 
@@ -413,13 +414,13 @@ def gpu(args):
         chain(views, draws)
         augment._in_one_kernel = in_one
 
-    if not model.gpu_kernels():
-        raise RuntimeError("model_gpu.py cannot be used here; see the warning above")
+    if not kernels.gpu_passes():
+        raise RuntimeError("kernels/gpu.py cannot be used here; see the warning above")
     variants = {
         "by torch's layers": step_of(layers=True),
         "by torch's layers under torch.compile": step_of(layers=True, compiled=True),
-        "by model_gpu.py": step_of(),
-        "by model_gpu.py, as one CUDA graph": step_of(captured=True),
+        "by kernels/gpu.py": step_of(),
+        "by kernels/gpu.py, as one CUDA graph": step_of(captured=True),
         f"the chain on {2 * batch} views, its search in steps": chain_in_steps,
         f"the chain on {2 * batch} views": lambda: chain(views, draws),
     }
@@ -442,7 +443,7 @@ def gpu(args):
     roofs = {name: round(statistics.median(values), 2) for name, values in found.items()}
     with profiler(activities=[ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
-            variants["by model_gpu.py"]()
+            variants["by kernels/gpu.py"]()
         torch.cuda.synchronize()
     least, parts = least_bytes(2 * batch, model.SampleCNN.channels, 59049), {}
     for event in profile.key_averages():

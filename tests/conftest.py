@@ -1,18 +1,20 @@
-"""Fixtures for all tests: two tiny prepared folders made the way a user makes them, and a way to run a script.
+"""Fixtures for all tests: two tiny prepared folders made the way a user makes them, and a way to
+run a script.
 
-`tiny_data`    24 songs of 4 to 7 s, 4 tags that can be heard (low, bright, noisy, pulsing), 12 train / 6 valid / 6 test
+`tiny_data`    24 songs of 4 to 7 s, 4 tags that can be heard (low, bright, noisy, pulsing), 12
+train / 6 valid / 6 test
 `tiny_single`  the same recordings with one label each (low, high)
 `python`       the interpreter
-`run`          run(["prepare.py", "--data", ...], **kwargs of subprocess.run) -> CompletedProcess, text, one thread
-`on_a_gpu`     on_a_gpu(main, ["--data", ...]) -> (exit code, the PretendGpu), a script's main on a pretend GPU
+`run`          run(["prepare.py", "--data", ...], **kwargs of subprocess.run) -> CompletedProcess,
+text, one thread
+`on_a_gpu`     on_a_gpu(main, ["--data", ...]) -> (exit code, the PretendGpu), a script's main on
+a pretend GPU
 """
 
 import csv
 import os
 import subprocess
 import sys
-from concurrent.futures import Future
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,8 @@ TAGS = ("bright", "low", "noisy", "pulsing")
 
 
 def synthesise(i, sample_rate=22050):
-    """Song i as (T,) float64 and its tags: bit k of i decides over tag k, so all combinations occur."""
+    """Song i as (T,) float64 and its tags: bit k of i decides over tag k, so all combinations
+    occur."""
     rng = np.random.default_rng(i)
     tags = [tag for k, tag in enumerate(TAGS) if i >> k & 1]
     t = np.arange(round((4 + 3 * (i % 7) / 6) * sample_rate)) / sample_rate
@@ -49,12 +52,28 @@ def python():
 @pytest.fixture(scope="session")
 def run():
     def run(args, **kwargs):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **kwargs.pop("env", {})}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            **kwargs.pop("env", {}),
+        }
         args = [str(arg) for arg in args]
         if (ROOT / args[0]).is_file():
             args[0] = str(ROOT / args[0])
-        return subprocess.run([sys.executable, *args],
-                              **{"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT, "env": env, **kwargs})
+        return subprocess.run(
+            [sys.executable, *args],
+            **{
+                "capture_output": True,
+                "text": True,
+                "timeout": 300,
+                "cwd": ROOT,
+                "env": env,
+                **kwargs,
+            },
+        )
+
     return run
 
 
@@ -66,19 +85,40 @@ def tiny_audio(tmp_path_factory):
     for i in range(24):
         x, tags = synthesise(i)
         soundfile.write(folder / f"song {i:02d}.flac", x, 22050)
-        rows.append((f"song {i:02d}.flac", "train" if i % 4 < 2 else "valid" if i % 8 < 4 else "test", tags))
+        rows.append(
+            (f"song {i:02d}.flac", "train" if i % 4 < 2 else "valid" if i % 8 < 4 else "test", tags)
+        )
     # Songs 0 to 15 hold every combination of the four tags; permute the split, so that each tag occurs in each split.
     order = np.random.default_rng(0).permutation(24)
     rows = [(name, rows[order[i]][1], tags) for i, (name, _, tags) in enumerate(rows)]
     with open(folder / "tags.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("file", "split", "tags")] + [(n, s, "; ".join(t)) for n, s, t in rows])
+        csv.writer(file).writerows(
+            [("file", "split", "tags")] + [(n, s, "; ".join(t)) for n, s, t in rows]
+        )
     with open(folder / "labels.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("file", "split", "label")] + [(n, s, "low" if "low" in t else "high") for n, s, t in rows])
+        csv.writer(file).writerows(
+            [("file", "split", "label")]
+            + [(n, s, "low" if "low" in t else "high") for n, s, t in rows]
+        )
     return folder
 
 
 def make(run, audio, labels, out):
-    done = run(["prepare.py", "--data", "folder", "--root", audio, "--labels", audio / labels, "--out", out, "--workers", 2])
+    done = run(
+        [
+            "prepare.py",
+            "--data",
+            "folder",
+            "--root",
+            audio,
+            "--labels",
+            audio / labels,
+            "--out",
+            out,
+            "--workers",
+            2,
+        ]
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -94,72 +134,13 @@ def tiny_single(run, tiny_audio, tmp_path_factory):
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch):
-    import augment
-    import model
-    import pretrain
-    from pretend_gpu import CUDA, PretendGpu
-
-    class AtOnce:
-        """Of a thread's tensors the pretend GPU would not know."""
-
-        def __init__(self, threads):
-            pass
-
-        def submit(self, function, *args):
-            (future := Future()).set_result(function(*args))
-            return future
-
-        def shutdown(self, cancel_futures=False):
-            pass
-
-    class Stream:
-        def __init__(self, device=None, priority=0):
-            pass
-
-        def wait_stream(self, other):
-            pass
-
-        def record_event(self):
-            pass
-
-        def wait_event(self, event):
-            pass
-
-    class Event:
-        def __init__(self, enable_timing=False, blocking=False):
-            self.timing, self.recorded = enable_timing, False
-
-        def record(self):
-            self.recorded = True
-
-        def synchronize(self):
-            assert self.recorded
-
-        def elapsed_time(self, other):
-            assert self.timing and other.timing and self.recorded and other.recorded
-            return 0.0
+def on_a_gpu():
+    """on_a_gpu(main, arguments) -> what main returns, the PretendGpu: a script as it runs on a
+    GPU."""
+    from pretend_gpu import PretendGpu
 
     def on_a_gpu(main, args):
         with PretendGpu() as gpu:
             return main([str(arg) for arg in args]), gpu
 
-    monkeypatch.setattr(model, "choose_device", lambda name="auto": CUDA)
-    monkeypatch.setattr(model, "choose_amp", lambda device, amp="auto": "off")
-    monkeypatch.setattr(model, "tune_allocator", lambda: None)
-    monkeypatch.setattr(pretrain, "ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretend GPU")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(pretrain, "captured_step", lambda *parts: pretrain.plain_step(*parts[:-1]))
-    monkeypatch.setattr(model, "gpu_kernels", lambda: None)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(augment, "_in_one_kernel", lambda device: False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 36, 1 << 36))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 0)
-    monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda self: None)
     return on_a_gpu

@@ -1,5 +1,9 @@
-"""Kernels run by Triton's interpreter, on a CPU: `python tests/interpreted.py FUNCTION FOLDER`, in a process of its own, since Triton
-looks at TRITON_INTERPRET when it is imported. What is compared with: torch's layers in float64, and the same search as torch operations."""
+"""Kernels run by Triton's interpreter, on a CPU: `python tests/interpreted.py FUNCTION FOLDER`.
+
+In a process of its own, since Triton looks at TRITON_INTERPRET when it is imported. What is
+compared
+with: torch's layers in float64, and the same search as torch operations."""
+
 import copy
 import os
 import sys
@@ -15,7 +19,7 @@ from torch import nn
 
 import augment
 import model
-import model_gpu
+from kernels import gpu
 
 
 def close(got, want, tolerance=2e-6):
@@ -26,7 +30,9 @@ def close(got, want, tolerance=2e-6):
 def block_like(c_in, c_out, pool):
     """With weights of all signs, one of them zero."""
     torch.manual_seed(0)
-    block = model.SampleCNN._block(c_in, c_out, pool=pool).to(memory_format=torch.channels_last).train()
+    block = (
+        model.SampleCNN._block(c_in, c_out, pool=pool).to(memory_format=torch.channels_last).train()
+    )
     with torch.no_grad():
         for p in (*block[1].parameters(), block[0].bias):
             p.normal_()
@@ -34,8 +40,9 @@ def block_like(c_in, c_out, pool):
     return block
 
 
-def step(block, x, pool, dtype=torch.float32, over_processes=False):
-    return model_gpu.BlockStep.apply(x, block[0].weight, block[0].bias, block[1].weight, block[1].bias, block[1], pool, dtype, over_processes)
+def step(block, x):
+    conv, norm = block[:2]
+    return gpu.BlockStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, block)
 
 
 def compare(block, reference, x, x_reference, tolerance=2e-6):
@@ -49,26 +56,39 @@ def compare(block, reference, x, x_reference, tolerance=2e-6):
 
 
 def blocks(folder):
-    for pool, c_in, c_out, batch, length in ((3, 16, 24, 3, 243), (1, 8, 200, 2, 81), (3, 8, 8, 5, 27), (3, 16, 512, 4, 3), (1, 8, 16, 7, 1)):
+    cases = (
+        (3, 16, 24, 3, 243),
+        (1, 8, 200, 2, 81),
+        (3, 8, 8, 5, 27),
+        (3, 16, 512, 4, 3),
+        (1, 8, 16, 7, 1),
+    )
+    for pool, c_in, c_out, batch, length in cases:
         block = block_like(c_in, c_out, pool == 3)
         reference = copy.deepcopy(block).double()
-        x = (torch.randn(batch, c_in, 1, length) + 0.3).contiguous(memory_format=torch.channels_last).requires_grad_()
+        x = (torch.randn(batch, c_in, 1, length) + 0.3).contiguous(
+            memory_format=torch.channels_last
+        )
+        x.requires_grad_()
         x_reference = x.detach().double().requires_grad_()
-        y, want = step(block, x, pool), nn.Sequential.forward(reference, x_reference)
+        y = step(block, x)
+        want = nn.Sequential.forward(reference, x_reference)
         close(y, want)
         grad = torch.randn_like(want)
         y.backward(grad.float())
         want.backward(grad)
         compare(block, reference, x, x_reference)
-        assert block[0].weight.grad.is_contiguous(memory_format=torch.channels_last) and y.is_contiguous(memory_format=torch.channels_last)
+        assert block[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def constant_audio(folder):
-    """Where the convolution's output does not vary, far from zero, its variance is zero, not the rounding of a difference of squares."""
+    """Where the convolution's output does not vary, far from zero, its variance is zero, not the
+    rounding of a difference of squares."""
     block = block_like(8, 16, True)
     with torch.no_grad():
         block[0].weight.zero_()[..., 1] = 1e3
-    step(block, torch.full((2, 8, 1, 81), 0.3), 3)
+    step(block, torch.full((2, 8, 1, 81), 0.3))
     assert (block[1].running_var - 0.9).abs().max() < 1e-6, block[1].running_var
 
 
@@ -76,11 +96,13 @@ def process(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    block, (x, grad) = block_like(8, 12, True), torch.load(Path(folder) / "given.pt")
-    own = x[2 * rank : 2 * rank + 2].clone().requires_grad_()
-    y = step(block, own, 3, over_processes=True)
+    block = model.synchronise(nn.Sequential(block_like(8, 12, True)), "cpu")[0]
+    x, grad = torch.load(Path(folder) / "given.pt")
+    half = x[2 * rank : 2 * rank + 2].clone().requires_grad_()
+    y = step(block, half)
     y.backward(grad[2 * rank : 2 * rank + 2])
-    torch.save((y, own.grad, [p.grad for p in block.parameters()], list(block.buffers())), Path(folder) / f"{rank}.pt")
+    gradients = [p.grad for p in block.parameters()]
+    torch.save((y, half.grad, gradients, list(block.buffers())), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,14 +110,15 @@ def process(rank, port, folder):
 def two_processes(folder):
     from test_pretrain import free_port
 
-    block, x = block_like(8, 12, True), torch.randn(4, 8, 1, 81).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
-    y = step(block, x, 3)
+    block = block_like(8, 12, True)
+    x = torch.randn(4, 8, 1, 81).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = step(block, x)
     grad = torch.randn_like(y)
     y.backward(grad)
     torch.save((x.detach(), grad), Path(folder) / "given.pt")
     mp.spawn(process, (free_port(), folder), nprocs=2)
-    (y_0, dx_0, grads_0, state_0), (y_1, dx_1, grads_1, state_1) = (torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1))
+    y_0, dx_0, grads_0, state_0 = torch.load(Path(folder) / "0.pt")
+    y_1, dx_1, grads_1, state_1 = torch.load(Path(folder) / "1.pt")
     close(torch.cat([y_0, y_1]), y)
     close(torch.cat([dx_0, dx_1]), x.grad)
     for a, b, p in zip(grads_0, grads_1, block.parameters()):
@@ -107,21 +130,45 @@ def two_processes(folder):
 
 def stem(folder):
     torch.manual_seed(0)
-    rows = torch.cat([torch.ones(5000, 1), torch.randn(5000, 3).cumsum(0) * 0.01 + 0.5], 1)  # neighbours alike, as in music
-    close(model_gpu.stem_moments(rows), rows.double().T @ rows.double(), 1e-6)
-    folded, shift, grad = torch.randn(3, 24), torch.randn(24) * 0.1, torch.randn(5000, 24)
+    samples = torch.randn(5000, 3).cumsum(0) * 0.01 + 0.5  # neighbours alike, as in music
+    rows = torch.cat([torch.ones(5000, 1), samples], 1)
+    close(gpu.stem_moments(rows), rows.double().T @ rows.double(), 1e-6)
+    affine = torch.cat([torch.randn(1, 24) * 0.1, torch.randn(3, 24)])
+    grad = torch.randn(5000, 24)
     out = torch.full((5000, 24), float("nan"))
-    model_gpu.stem(rows, folded, shift, out)
-    want = (rows[:, 1:].double() @ folded.double() + shift.double()).relu()
+    gpu.stem(rows, affine, out)
+    want = (rows.double() @ affine.double()).relu()
     close(out, want)
-    close(model_gpu.stem_sums(rows, grad, folded, shift), rows.double().T @ (grad * (want > 0)).double())
+    close(gpu.stem_sums(rows, grad, affine), rows.double().T @ (grad * (want > 0)).double())
+
+
+def stem_step(folder):
+    """The whole pass of the stem, against torch's layers in float64."""
+    torch.manual_seed(0)
+    block = model.SampleCNN(width=0.125).train().blocks[0]
+    with torch.no_grad():
+        for p in (*block[1].parameters(), block[0].bias):
+            p.normal_()
+    reference = copy.deepcopy(block).double()
+    x = torch.randn(3, 1, 1, 729) + 0.3
+    conv, norm = block[:2]
+    y = gpu.StemStep.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, block)
+    want = nn.Sequential.forward(reference, x.double())
+    close(y, want)
+    grad = torch.randn_like(want)
+    y.backward(grad.float())
+    want.backward(grad)
+    x.grad = x_grad = torch.zeros_like(x)  # nobody asks for it
+    compare(block, reference, x, type("nobody", (), {"grad": x_grad.double()}))
 
 
 def search(folder):
     """The search for splices: the very same samples."""
     from test_augment import RATE, music
 
-    ratio, calls, starts = 2 ** (torch.tensor([-5.0, 5.0, 2.3, -12.0]).double() / 12), [], augment._starts
+    ratio = 2 ** (torch.tensor([-5.0, 5.0, 2.3, -12.0]).double() / 12)
+    calls = []
+    starts = augment._starts
     augment._starts = lambda *args: calls.append(args) or starts(*args)
     augment._overlap_add(music(4, 14000)[:, 0], ratio, RATE)
     in_steps = starts(*calls[0])

@@ -1,4 +1,6 @@
-"""model.py: the paper's networks by an independent implementation, its files, and the exports in a process of their own."""
+"""model.py: the paper's networks by an independent implementation, its files, and the exports in
+a process of their own."""
+
 import argparse
 import copy
 import json
@@ -15,7 +17,8 @@ import model
 
 
 def trained(encoder, seed=0):
-    """Batch statistics, scales and biases as after some training, so that nothing passes for being at its initial value."""
+    """Batch statistics, scales and biases as after some training, so that nothing passes for
+    being at its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in encoder.modules():
@@ -42,7 +45,11 @@ def test_parameters_are_the_papers():
     cpc = model.build_encoder("cpc")
     assert count(cpc) + count(nn.Linear(256, 20 * 512, bias=False)) == 8_988_672
     assert encoder.input_samples == cpc.input_samples == 3**10
-    assert (encoder.out_dim, cpc.out_dim, model.build_encoder("cpc", pool="mean+last").out_dim) == (512, 256, 512)
+    assert (encoder.out_dim, cpc.out_dim, model.build_encoder("cpc", pool="mean+last").out_dim) == (
+        512,
+        256,
+        512,
+    )
 
 
 def test_convolutions_start_with_he_initialisation():
@@ -59,8 +66,15 @@ class Released(nn.Module):
     def __init__(self, names="sequential"):
         super().__init__()
         sizes = [1, 128, 128, 128, 256, 256, 256, 256, 256, 256, 512, 512]
-        blocks = [nn.Sequential(nn.Conv1d(i, o, 3, stride=3 if n == 0 else 1, padding=0 if n == 0 else 1), nn.BatchNorm1d(o), nn.ReLU(),
-                                *([nn.MaxPool1d(3, 3)] if 0 < n < 10 else [])) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
+        blocks = [
+            nn.Sequential(
+                nn.Conv1d(i, o, 3, stride=3 if n == 0 else 1, padding=0 if n == 0 else 1),
+                nn.BatchNorm1d(o),
+                nn.ReLU(),
+                *([nn.MaxPool1d(3, 3)] if 0 < n < 10 else []),
+            )
+            for n, (i, o) in enumerate(zip(sizes, sizes[1:]))
+        ]
         self.names = names
         if names == "sequential":
             self.sequential = nn.Sequential(*blocks)
@@ -70,7 +84,11 @@ class Released(nn.Module):
         self.fc = nn.Linear(512, 50)
 
     def forward(self, x):
-        for block in self.sequential if self.names == "sequential" else [getattr(self, f"conv{n}") for n in range(1, 12)]:
+        for block in (
+            self.sequential
+            if self.names == "sequential"
+            else [getattr(self, f"conv{n}") for n in range(1, 12)]
+        ):
             x = block(x)
         return x.flatten(1)
 
@@ -84,11 +102,22 @@ def test_checkpoints_of_the_authors_load_and_give_their_outputs(tmp_path, form):
     torch.manual_seed(1)
     theirs = trained(Released("conv" if form == "oldest" else "sequential"))
     state = OrderedDict(("encoder." + k, v) for k, v in theirs.state_dict().items())
-    state["projector.0.weight"], state["projector.2.weight"] = torch.zeros(512, 512), torch.zeros(64, 512)
+    state["projector.0.weight"], state["projector.2.weight"] = (
+        torch.zeros(512, 512),
+        torch.zeros(64, 512),
+    )
     path = tmp_path / "clmr_checkpoint_10000.pt"
     if form == "lightning":
-        torch.save({"pytorch-lightning_version": "1.0", "global_step": 7, "state_dict": OrderedDict(("model." + k, v) for k, v in state.items()),
-                    "hyper_parameters": argparse.Namespace(batch_size=48), "callbacks": {"x": Callback()}}, path)
+        torch.save(
+            {
+                "pytorch-lightning_version": "1.0",
+                "global_step": 7,
+                "state_dict": OrderedDict(("model." + k, v) for k, v in state.items()),
+                "hyper_parameters": argparse.Namespace(batch_size=48),
+                "callbacks": {"x": Callback()},
+            },
+            path,
+        )
     else:
         torch.save(state, path)
     encoder, info = model.load_encoder(path)
@@ -123,110 +152,25 @@ def test_folding_the_batch_norm_changes_nothing():
     assert model.weights_sha256(encoder) == before != model.weights_sha256(folded)
 
 
-def blocks_of_torch(encoder):
-    """The same blocks of torch's own layers, in float64; at one place, with negative weights of the batch norm."""
-    with torch.no_grad():
-        for block in encoder.blocks:
-            block[1].weight.uniform_(0.5, 1.5).mul_(torch.where(torch.rand(len(block[1].weight)) < 0.3, -1, 1))
-            block[1].bias.normal_(0, 0.3)
-            block[0].bias.normal_()
-    return nn.Sequential(*[nn.Sequential(*copy.deepcopy(block)) for block in encoder.blocks]).double()
-
-
-@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_training_on_a_cpu_equals_torchs_layers_in_float64(dtype, most):
-    """Outputs, gradients of all weights and of the audio, and running statistics, block by block."""
-    torch.manual_seed(0)
-    encoder = model.SampleCNN(width=0.125).train()
-    plain = blocks_of_torch(encoder)
-    x = torch.randn(6, 1, 1, 59049)
-    x[5] = 0  # silence: every position is a maximum
-    for ours, theirs in zip(encoder.to(dtype).blocks, plain):
-        a, b = x.to(dtype, copy=True).requires_grad_(), x.to(torch.float64, copy=True).requires_grad_()
-        y, want = ours(a), theirs(b)
-        upstream = torch.randn(want.shape, dtype=torch.float64) * (want > 1e-3)  # away from ReLU's corner
-        y.backward(upstream.to(dtype))
-        want.backward(upstream)
-        pairs = [(y, want), (a.grad, b.grad), *((p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters())), *zip(ours.buffers(), theirs.buffers())]
-        for i, (got, expected) in enumerate(pairs):
-            assert got.shape == expected.shape
-            if i == 3:  # the bias before a batch norm
-                assert not got.any() and expected.abs().max() < 1e-6
-            else:
-                assert (got.double() - expected.double()).norm() <= most * expected.double().norm(), (ours, i)
-        x = want.detach().float()
-
-
-def test_training_in_bfloat16_stays_near_float64():
-    """As two processes of a CPU with bfloat16 train: the same passes, the products in bfloat16 (where two numbers that a
-    pool compares become one, it may take the other: 5 % of a gradient)."""
-    torch.manual_seed(0)
-    encoder, n = model.SampleCNN(width=0.125), len(model.SampleCNN.channels)
-    plain = blocks_of_torch(encoder).train()
-    encoder.recompute(n)
-    for i, x in ((0, torch.randn(8, 1, 1, 729)), (1, torch.randn(8, 16, 1, 243).relu()), (n - 1, torch.randn(8, 64, 1, 9).relu())):
-        a, b = x.clone().requires_grad_(), x.double().requires_grad_()
-        want = plain[i](b)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = encoder.train().blocks[i](a)
-        upstream = torch.randn(want.shape, dtype=torch.float64) * (want > 0.05)
-        y.backward(upstream.to(y.dtype))
-        want.backward(upstream)
-        ours = [y, a.grad, *(p.grad for name, p in encoder.blocks[i].named_parameters() if name != "0.bias"), *encoder.blocks[i].buffers()]
-        theirs = [want, b.grad, *(p.grad for name, p in plain[i].named_parameters() if name != "0.bias"), *plain[i].buffers()]
-        for got, expected in zip(ours, theirs):
-            assert (got.double() - expected.double()).norm() <= 0.1 * expected.double().norm(), (i, got.shape)
-
-
-def test_training_on_a_cpu_takes_any_layout_of_memory():
-    torch.manual_seed(0)
-    block, x = model.SampleCNN._block(4, 6, pool=True), torch.randn(3, 4, 1, 27)
-    want = copy.deepcopy(block)(x.contiguous(memory_format=torch.channels_last))
-    assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
-    block(x).sum().backward()  # behind frozen layers: weights alone ask for a gradient
-    assert block[1].bias.grad.any() and block[0].weight.grad.shape == block[0].weight.shape
-
-
-def test_a_batch_norm_that_is_frozen_stays_frozen():
-    """Fine-tuning with the batch norms in eval mode: their running statistics normalise, and do not move."""
-    torch.manual_seed(0)
-    encoder, audio = trained(model.SampleCNN(width=0.125)), torch.rand(3, 1, 59049) * 2 - 1
-    with torch.no_grad():
-        want = encoder.eval()(audio)
-    before = copy.deepcopy(encoder.state_dict())
-    encoder.train()
-    for block in encoder.blocks:
-        block[1].eval()
-    for recompute in (0, 3):
-        encoder.recompute(recompute)
-        assert torch.allclose(encoder(audio), want, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
-
-
-def test_recomputing_gives_the_same_gradients_and_statistics():
-    torch.manual_seed(0)
-    plain = model.SampleCNN(width=0.125).train()
-    again = copy.deepcopy(plain)
-    again.recompute(3)
-    audio = torch.rand(4, 1, 59049) * 2 - 1
-    for encoder in (plain, again):
-        encoder(audio).square().sum().backward()
-    for (name, p), q in zip(plain.named_parameters(), again.parameters()):
-        assert torch.equal(p.grad, q.grad), name
-    for (name, p), q in zip(plain.named_buffers(), again.buffers()):
-        assert torch.equal(p, q), name
-
-
 @pytest.mark.parametrize("name", ["samplecnn", "samplecnn-large", "cpc"])
 def test_the_encoder_file_gives_the_same_encoder(tmp_path, name):
     encoder = trained(model.build_encoder(name, width=0.125))
     model.save_encoder(tmp_path / "encoder.pt", encoder, sample_rate=16000, method="clmr", step=3)
     again, info = model.load_encoder(tmp_path / "encoder.pt")
     assert model.weights_sha256(again) == model.weights_sha256(encoder)
-    assert (info["sample_rate"], info["step"], info["encoder"], info["sizes"]) == (16000, 3, name, encoder.sizes)
-    assert set(torch.load(tmp_path / "encoder.pt", weights_only=True)) >= {"format", "state", "encoder", "sizes", "input_samples"}
+    assert (info["sample_rate"], info["step"], info["encoder"], info["sizes"]) == (
+        16000,
+        3,
+        name,
+        encoder.sizes,
+    )
+    assert set(torch.load(tmp_path / "encoder.pt", weights_only=True)) >= {
+        "format",
+        "state",
+        "encoder",
+        "sizes",
+        "input_samples",
+    }
 
 
 def test_the_encoder_refuses_what_it_would_misread():
@@ -245,7 +189,11 @@ def test_bad_files_are_named(tmp_path, run, content):
     with pytest.raises(ValueError, match="x.pt"):
         model.load_encoder(path)
     done = run(["model.py", "--ckpt", path])
-    assert done.returncode == 1 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_missing_and_foreign_files_are_named(tmp_path):
@@ -256,7 +204,15 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         model.load_encoder(tmp_path / "checkpoint.pt")
     state = model.SampleCNN(width=0.0625).state_dict()
     state.pop("blocks.3.0.weight")
-    torch.save({"format": model.FORMAT, "encoder": "samplecnn", "sizes": {"width": 0.0625}, "state": state}, tmp_path / "short.pt")
+    torch.save(
+        {
+            "format": model.FORMAT,
+            "encoder": "samplecnn",
+            "sizes": {"width": 0.0625},
+            "state": state,
+        },
+        tmp_path / "short.pt",
+    )
     with pytest.raises(ValueError, match="blocks.3.0.weight"):
         model.load_encoder(tmp_path / "short.pt")
 
@@ -273,11 +229,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 ALONE = """
 import json, sys, torch
 assert not any(p in sys.modules for p in ("model", "numpy.f2py"))
-m = torch.jit.load("tagger.ts"); e = torch.jit.load("encoder.ts")
-extra = {"sidecar.json": ""}; torch.jit.load("tagger.ts", _extra_files=extra)
+m = torch.jit.load("tagger.ts")
+e = torch.jit.load("encoder.ts")
+extra = {"sidecar.json": ""}
+torch.jit.load("tagger.ts", _extra_files=extra)
 audio = torch.load("audio.pt")
-print(json.dumps({"tags": m.tags, "rate": e.sample_rate, "n": e.input_samples, "inside": json.loads(extra["sidecar.json"])["tags"]}))
-torch.save([e(audio), m(audio), e.frames(audio, 20000), torch.export.load("encoder.pt2").module()(audio[:, :, :59049])], "out.pt")
+inside = json.loads(extra["sidecar.json"])["tags"]
+print(json.dumps({"tags": m.tags, "rate": e.sample_rate, "n": e.input_samples, "inside": inside}))
+window = torch.export.load("encoder.pt2").module()(audio[:, :, :59049])
+torch.save([e(audio), m(audio), e.frames(audio, 20000), window], "out.pt")
 try:
     e(audio[:, :, :100])
 except Exception as error:
@@ -287,29 +247,53 @@ except Exception as error:
 
 def test_the_exports_work_without_this_project(tmp_path):
     torch.manual_seed(0)
-    encoder, head, tags = trained(model.SampleCNN(width=0.125)), nn.Linear(64, 3), ["choral", "häßlich", "guitar"]
+    encoder, head, tags = (
+        trained(model.SampleCNN(width=0.125)),
+        nn.Linear(64, 3),
+        ["choral", "häßlich", "guitar"],
+    )
     model.export_torchscript(encoder, tmp_path / "encoder.ts", 22050)
-    sidecar = model.export_torchscript(encoder, tmp_path / "tagger.ts", 22050, head, tags, "multilabel")
+    sidecar = model.export_torchscript(
+        encoder, tmp_path / "tagger.ts", 22050, head, tags, "multilabel"
+    )
     model.export_program(encoder, tmp_path / "encoder.pt2", 22050)
-    own = [json.loads((tmp_path / f"encoder.{kind}.json").read_text())["sha256"] for kind in ("ts", "pt2")]
+    own = [
+        json.loads((tmp_path / f"encoder.{kind}.json").read_text())["sha256"]
+        for kind in ("ts", "pt2")
+    ]
     assert own == 2 * [model.weights_sha256(encoder)] != 2 * [sidecar["sha256"]]
     for wrong in ((), (tags, "none"), (tags[:2], "multilabel")):
         with pytest.raises(ValueError, match="a head of 3 outputs needs as many tags"):
             model.export_torchscript(encoder, tmp_path / "never.ts", 22050, head, *wrong)
-    assert sidecar["max_difference"] < 1e-4 and json.loads((tmp_path / "tagger.ts.json").read_text())["tags"] == tags
+    assert (
+        sidecar["max_difference"] < 1e-4
+        and json.loads((tmp_path / "tagger.ts.json").read_text())["tags"] == tags
+    )
     audio = torch.rand(2, 1, 2 * 59049 + 5000) * 2 - 1
     torch.save(audio, tmp_path / "audio.pt")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.strip().splitlines()[0], done.stdout.strip().splitlines()[-1]
-    assert json.loads(first) == {"tags": tags, "rate": 22050, "n": 59049, "inside": tags} and last == "refused"
+    assert (
+        json.loads(first) == {"tags": tags, "rate": 22050, "n": 59049, "inside": tags}
+        and last == "refused"
+    )
     h, p, frames, one = torch.load(tmp_path / "out.pt")
     with torch.no_grad():
         rows = torch.stack([encoder(audio[:, :, i * 59049 : (i + 1) * 59049]) for i in range(2)], 1)
-        hops = torch.stack([encoder(audio[:, :, i * 20000 : i * 20000 + 59049]) for i in range(frames.shape[1])], 1)
+        hops = torch.stack(
+            [encoder(audio[:, :, i * 20000 : i * 20000 + 59049]) for i in range(frames.shape[1])], 1
+        )
         close = lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
         assert frames.shape[1] == (audio.shape[2] - 59049) // 20000 + 1
-        assert close(h, rows.mean(1)) and close(p, torch.sigmoid(head(rows)).mean(1)) and close(frames, hops) and close(one, rows[:, 0])
+        assert (
+            close(h, rows.mean(1))
+            and close(p, torch.sigmoid(head(rows)).mean(1))
+            and close(frames, hops)
+            and close(one, rows[:, 0])
+        )
 
 
 def test_cpc_frames_see_only_their_past():
@@ -329,7 +313,15 @@ def test_cpc_frames_see_only_their_past():
 
 def test_the_command_prints_the_table(run):
     done = run(["model.py", "--encoder", "samplecnn"])
-    assert done.returncode == 0 and "2,368,512 parameters" in done.stdout and len(done.stdout.splitlines()) == 44 - 1
+    assert (
+        done.returncode == 0
+        and "2,368,512 parameters" in done.stdout
+        and len(done.stdout.splitlines()) == 44 - 1
+    )
     assert run(["model.py", "--out", "x"]).returncode == 2
     missing = run(["model.py", "--ckpt", "nowhere/encoder.pt"])
-    assert missing.returncode == 2 and "nowhere/encoder.pt: no such file" in missing.stderr and "Traceback" not in missing.stderr
+    assert (
+        missing.returncode == 2
+        and "nowhere/encoder.pt: no such file" in missing.stderr
+        and "Traceback" not in missing.stderr
+    )

@@ -1,0 +1,94 @@
+"""The engine room: faster passes of the same numbers. Optional; without this folder every program
+runs by torch's own layers and operations, slower, and says so once.
+
+Each file's head says what it computes, why it is faster, by how much, and what the plain way is;
+nothing here imports anything of the six files at the top, which hand in what is needed. The tests
+compare every pass with the plain way.
+
+    cpu.py      a block's training pass on a CPU (model.Block)
+    gpu.py      the same on a GPU, as Triton kernels (model.Block)
+    splice.py   the pitch shift's search for splices, as a Triton kernel (augment.pitch_shift)
+    graph.py    a training step as one CUDA graph (pretrain)
+"""
+import functools
+import warnings
+
+import torch
+from torch import nn
+
+from . import cpu
+
+
+def training_pass(block: nn.Sequential, x: torch.Tensor):
+    """The faster way of a block through x in training, or None: then its layers are the way.
+
+    Args:
+        block: convolution, batch norm, max-pool 3 (or none) and ReLU, with the attribute
+            `recompute`: to keep its input and output alone for the backward pass. Where the norm
+            has a true attribute `over_processes`, its statistics are those of all processes
+            (section 3.2).
+        x: (B, C, 1, T).
+    Returns: a function of x."""
+    stem = is_stem(block[0])
+    passes = passes_for(block, x) if stem or fits(block, x) else None
+    if passes is None:
+        return None
+    conv, norm = block[:2]
+    step = passes.StemStep if stem else passes.BlockStep
+    parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+
+    def run(x):
+        if not x.is_cuda:
+            return step.apply(x, *parameters, block)
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            return step.apply(x, *parameters, block)
+
+    return run
+
+
+def is_stem(conv):
+    """Is it SampleCNN's first convolution, whose windows do not overlap?"""
+    return (conv.in_channels, conv.kernel_size, conv.stride) == (1, (1, 3), (1, 3))
+
+
+def fits(block, x):
+    """Is it a later block of SampleCNN, its pool without a remainder?"""
+    conv = block[0]
+    form = (conv.kernel_size, conv.stride, conv.padding)
+    pools = len(block) == 4
+    return form == ((1, 3), (1, 1), (0, 1)) and not (pools and x.shape[3] % cpu.POOL)
+
+
+def passes_for(block, x):
+    """gpu or cpu, whose passes are taken (those of cpu.py work on any device), or None."""
+    norm = block[1]
+    of_torch = isinstance(norm, nn.SyncBatchNorm)  # its statistics are torch's affair
+    if not norm.training:
+        return None  # frozen, as when fine-tuning with the batch norms in eval mode
+    if block.recompute:
+        return cpu
+    if x.is_cuda and not of_torch and norm.weight.dtype == torch.float32 and not audio_gradient(x):
+        return gpu_passes()
+    over_processes = cpu.over_processes(norm) and not of_torch
+    full_precision = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    # in bfloat16 torch's layers are as fast
+    return cpu if over_processes or full_precision else None
+
+
+def audio_gradient(x):
+    """Is x audio whose gradient is wanted? The stem's kernels know none."""
+    return x.shape[1] == 1 and x.requires_grad
+
+
+@functools.cache
+def gpu_passes():
+    """kernels.gpu; None, and a warning, where it cannot be used."""
+    try:
+        from . import gpu
+        gpu.stem_moments(torch.ones(2, 4, device="cuda"))
+        return gpu
+    except Exception as error:  # no Triton, no C compiler, an unknown GPU: types of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn("training on this GPU goes through torch's own layers, at about a quarter of "
+                      f"the speed: kernels/gpu.py cannot be used ({reason})", stacklevel=2)
+        return None

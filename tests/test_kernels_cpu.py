@@ -1,0 +1,242 @@
+"""kernels/cpu.py, against torch's own layers in float64; and the batch norm over processes that
+stands in for it."""
+
+import copy
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import kernels
+import model
+from test_model import trained
+from test_pretrain import free_port
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As where model.py was copied alone."""
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    model.load_kernels.cache_clear()
+    yield
+    model.load_kernels.cache_clear()
+
+
+def unusual(encoder):
+    """Weights as after some training; those of the batch norms of both signs."""
+    with torch.no_grad():
+        for block in encoder.blocks:
+            sign = torch.where(torch.rand(len(block[1].weight)) < 0.3, -1, 1)
+            block[1].weight.uniform_(0.5, 1.5).mul_(sign)
+            block[1].bias.normal_(0, 0.3)
+            block[0].bias.normal_()
+    return encoder.train()
+
+
+def layers_of(encoder):
+    """The same blocks of torch's own layers, in float64."""
+    return (
+        nn.Sequential(*[nn.Sequential(*copy.deepcopy(block)) for block in encoder.blocks])
+        .double()
+        .train()
+    )
+
+
+def compared(block, x, layers, x_exact, least):
+    """Run both forward and backward from the same gradient, which is nought where the output is
+    below `least`, near ReLU's corner. Returns: (name, got, expected) of all that comes out, and
+    the exact output."""
+    y = block(x)
+    want = layers(x_exact)
+    upstream = torch.randn(want.shape, dtype=torch.float64) * (want > least)
+    y.backward(upstream.to(y.dtype))
+    want.backward(upstream)
+    found = [("output", y, want), ("input's gradient", x.grad, x_exact.grad)]
+    found += [
+        (name, p.grad, q.grad)
+        for (name, p), q in zip(block.named_parameters(), layers.parameters())
+    ]
+    found += [(name, p, q) for (name, p), q in zip(block.named_buffers(), layers.buffers())]
+    return found, want.detach()
+
+
+def distance(got, expected):
+    assert got.shape == expected.shape
+    return (got.double() - expected.double()).norm() / expected.double().norm()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_training_on_a_cpu_equals_torchs_layers_in_float64(dtype, most):
+    """Outputs, gradients of all weights and of the audio, and running statistics, block by
+    block."""
+    torch.manual_seed(0)
+    encoder = unusual(model.SampleCNN(width=0.125))
+    plain = layers_of(encoder)
+    x = torch.randn(6, 1, 1, 59049)
+    x[5] = 0  # silence: every position is a maximum
+    for block, layers in zip(encoder.to(dtype).blocks, plain):
+        assert kernels.training_pass(block, x.to(dtype))
+        found, x_next = compared(
+            block,
+            x.to(dtype, copy=True).requires_grad_(),
+            layers,
+            x.to(torch.float64, copy=True).requires_grad_(),
+            1e-3,
+        )
+        for name, got, expected in found:
+            if name == "0.bias":  # before a batch norm: its gradient is nought
+                assert not got.any() and expected.abs().max() < 1e-6
+            else:
+                assert distance(got, expected) <= most, (block, name)
+        x = x_next.float()
+
+
+@pytest.mark.parametrize(
+    "i, shape", [(0, (8, 1, 1, 729)), (1, (8, 16, 1, 243)), (10, (8, 64, 1, 9))]
+)
+def test_training_in_bfloat16_stays_near_float64(i, shape):
+    """As two processes of a CPU with bfloat16 train: the same passes, the products in bfloat16
+    (where two numbers that a pool compares become one, it may take the other: 5 % of a
+    gradient)."""
+    torch.manual_seed(0)
+    encoder = unusual(model.SampleCNN(width=0.125))
+    layers = layers_of(encoder)[i]
+    encoder.recompute(11)
+    x = torch.randn(shape) if i == 0 else torch.randn(shape).relu()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = compared(
+            encoder.blocks[i], x.clone().requires_grad_(), layers, x.double().requires_grad_(), 0.05
+        )
+    for name, got, expected in found:
+        assert name == "0.bias" or distance(got, expected) <= 0.1, name
+
+
+def test_training_on_a_cpu_takes_any_layout_of_memory():
+    torch.manual_seed(0)
+    block = model.SampleCNN._block(4, 6, pool=True)
+    x = torch.randn(3, 4, 1, 27)
+    want = copy.deepcopy(block)(x.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(block(x), want, rtol=1e-5, atol=1e-6)
+
+
+def test_behind_frozen_layers_weights_alone_ask_for_a_gradient():
+    block = model.SampleCNN._block(4, 6, pool=True)
+    block(torch.randn(3, 4, 1, 27)).sum().backward()
+    assert block[1].bias.grad.any()
+    assert block[0].weight.grad.shape == block[0].weight.shape
+
+
+def test_a_pool_with_a_remainder_is_left_to_the_layers():
+    block = model.SampleCNN._block(4, 6, pool=True)
+    assert block(torch.randn(2, 4, 1, 29)).shape == (2, 6, 1, 9)
+
+
+def test_a_convolution_of_another_form_is_left_to_the_layers():
+    block = model.Block(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(block.train()(x), nn.Sequential(*copy.deepcopy(block))(x))
+
+
+def test_a_batch_norm_that_is_frozen_stays_frozen():
+    """Fine-tuning with the batch norms in eval mode: their running statistics normalise, and do
+    not move."""
+    torch.manual_seed(0)
+    encoder = trained(model.SampleCNN(width=0.125))
+    audio = torch.rand(3, 1, 59049) * 2 - 1
+    with torch.no_grad():
+        want = encoder.eval()(audio)
+    before = copy.deepcopy(encoder.state_dict())
+    encoder.train()
+    for block in encoder.blocks:
+        block[1].eval()
+    for recompute in (0, 3):
+        encoder.recompute(recompute)
+        assert torch.allclose(encoder(audio), want, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
+def test_recomputing_gives_the_same_gradients_and_statistics():
+    torch.manual_seed(0)
+    plain = model.SampleCNN(width=0.125).train()
+    again = copy.deepcopy(plain)
+    again.recompute(3)
+    audio = torch.rand(4, 1, 59049) * 2 - 1
+    for encoder in (plain, again):
+        encoder(audio).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), again.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+    for (name, p), q in zip(plain.named_buffers(), again.buffers()):
+        assert torch.equal(p, q), name
+
+
+def test_without_kernels_the_same_numbers_come_from_the_layers_and_it_is_said_once(without_kernels):
+    torch.manual_seed(0)
+    encoder = model.SampleCNN(width=0.125).train()
+    audio = torch.rand(4, 1, 59049) * 2 - 1
+    with pytest.warns(UserWarning, match="no kernels/ beside model.py") as warned:
+        slow = copy.deepcopy(encoder)(audio)
+        copy.deepcopy(encoder)(audio)
+    assert len(warned) == 1
+    model.load_kernels.cache_clear()
+    sys.modules["kernels"] = kernels
+    assert torch.allclose(encoder(audio), slow, rtol=1e-3, atol=1e-4)
+
+
+def two_blocks():
+    """Their weights far from the initial ones, in float64."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        model.SampleCNN._block(1, 6, stride=3), model.SampleCNN._block(6, 8, pool=True)
+    ).double()
+    with torch.no_grad():
+        for p in blocks.parameters():
+            p.normal_()
+    return blocks.train()
+
+
+def process(rank, port, folder, alone):
+    """Half of the batch, with statistics over both processes; `alone`: without kernels/."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    if alone:
+        sys.modules["kernels"] = None
+        warnings.simplefilter("ignore")
+    blocks = model.synchronise(two_blocks(), "cpu")
+    x, grad = (part[2 * rank : 2 * rank + 2].clone() for part in torch.load(folder / "given.pt"))
+    y = blocks(x.requires_grad_())
+    y.backward(grad)
+    gradients = [p.grad for p in blocks.parameters()]
+    torch.save((y.detach(), x.grad, gradients, list(blocks.buffers())), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["kernels", "model.py alone"])
+def test_two_processes_take_the_step_of_one(tmp_path, alone):
+    """Outputs, gradients (of the weights summed up, as DDP does) and statistics, in float64."""
+    blocks = two_blocks()
+    layers = nn.Sequential(*[nn.Sequential(*block) for block in copy.deepcopy(blocks)])
+    x = torch.randn(4, 1, 1, 243, dtype=torch.float64, requires_grad=True)
+    y = layers(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.save((x.detach(), grad), tmp_path / "given.pt")
+    mp.spawn(process, (free_port(), tmp_path, alone), nprocs=2)
+    y_0, of_x_0, gradients_0, state_0 = torch.load(tmp_path / "0.pt")
+    y_1, of_x_1, gradients_1, state_1 = torch.load(tmp_path / "1.pt")
+    assert distance(torch.cat([y_0, y_1]), y) < 1e-12
+    assert distance(torch.cat([of_x_0, of_x_1]), x.grad) < 1e-9
+    for (name, p), first, second in zip(layers.named_parameters(), gradients_0, gradients_1):
+        error = (first + second - p.grad).norm()
+        assert error < 1e-9 * (1 + p.grad.norm()), name
+    for buffer, first, second in zip(layers.buffers(), state_0, state_1):
+        assert torch.equal(first, second)
+        assert torch.allclose(first.double(), buffer.double(), rtol=1e-9)
