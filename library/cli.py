@@ -8,8 +8,8 @@
     python -m library map
     python -m library embed ~/music --out embeddings/
 
-Exit codes: 0 done; 1 failed, or done but for the files that are listed as failed; 2 a wrong command.
-"""
+Exit codes: 0 done; 1 failed, or done but for the files that are listed as failed; 2 a wrong
+command."""
 
 import argparse
 import contextlib
@@ -22,10 +22,10 @@ from pathlib import Path
 from library.terminal import Stop, WrongCommand, printable
 
 VERBS = {
-    "index": ("store", "hear every song of a folder, once; again: only what is new or changed"),
+    "index": ("index", "hear every song of a folder, once; again: only what is new or changed"),
     "similar": ("search", "songs that sound like one, or like several"),
     "path": ("search", "a smooth way from one song to another"),
-    "duplicates": ("search", "one recording in several files"),
+    "duplicates": ("duplicates", "one recording in several files"),
     "tag": ("tags", "what a tagger hears"),
     "map": ("page", "the collection as a map in a browser, one HTML file"),
     "embed": ("embed", "the encoder's numbers of recordings, as npz"),
@@ -69,9 +69,20 @@ def add_hearing(parser, what: str):
     add = parser.add_argument_group("listening").add_argument
     add("--ckpt", type=Path, metavar="FILE", help=f"{what} (default: the one that ships)")
     add("--workers", type=positive, metavar="N", default=os.cpu_count(), help="decoding processes")
-    add("--timeout", type=seconds, metavar="S", default=300.0, help="seconds after which a file is given up")
+    add(
+        "--timeout",
+        type=seconds,
+        metavar="S",
+        default=300.0,
+        help="seconds after which a file is given up",
+    )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where the network runs")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="its precision; auto: the processor's")
+    add(
+        "--amp",
+        choices=["auto", "off", "bf16", "fp16"],
+        default="auto",
+        help="its precision; auto: the processor's",
+    )
 
 
 def add_playlist(parser):
@@ -87,14 +98,22 @@ def add_playlist(parser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = argparse.ArgumentParser(
-        prog="library", allow_abbrev=False, description="What one does with an encoder and a music collection.",
-        usage="python -m library VERB [...]   (each verb has its own --help)")
+        prog="library",
+        allow_abbrev=False,
+        description="What one does with an encoder and a music collection.",
+        usage="python -m library VERB [...]   (each verb has its own --help)",
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     made = {}
     for verb, (_, text) in VERBS.items():
         made[verb] = verbs.add_parser(
-            verb, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False,
-            epilog=f"example: {EXAMPLES[verb]}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            verb,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            allow_abbrev=False,
+            epilog=f"example: {EXAMPLES[verb]}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
     add_index(made["index"])
     add_similar(made["similar"])
     add_path(made["path"])
@@ -105,9 +124,15 @@ def build_parser() -> argparse.ArgumentParser:
     for verb, sub in made.items():
         several = "*" if verb not in ("index", "tag", "embed") else None
         if verb not in ("tag", "embed"):
-            sub.add_argument("--library", type=Path, metavar="DIR", default=[Path("library.clmr")], action=Folders,
-                             nargs="+" if several else None,
-                             help="the store" + "; several count as one" * bool(several))
+            sub.add_argument(
+                "--library",
+                type=Path,
+                metavar="DIR",
+                default=[Path("library.clmr")],
+                action=Folders,
+                nargs="+" if several else None,
+                help="the store" + "; several count as one" * bool(several),
+            )
         sub.add_argument("--json", action="store_true", help="the outcome as JSON, for programs")
     return parser
 
@@ -121,21 +146,43 @@ class Folders(argparse.Action):
 
 def add_index(parser):
     """Flags of index."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with music, searched to its depths")
-    parser.add_argument("--windows", choices=["ten", "all"], default="ten",
-                        help="ten, spread over the song, or all of it, kept one by one beside their mean")
-    parser.add_argument("--shard", type=shard, metavar="I/N",
-                        help="only part I of N, on one of N machines, each with a --library of its own")
-    parser.add_argument("--retry", action="store_true", help="try files again that failed, though they are unchanged")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="with music, searched to its depths"
+    )
+    parser.add_argument(
+        "--windows",
+        choices=["ten", "all"],
+        default="ten",
+        help="ten, spread over the song, or all of it, kept one by one beside their mean",
+    )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="only part I of N, on one of N machines, each with a --library of its own",
+    )
+    parser.add_argument(
+        "--retry",
+        action="store_true",
+        help="try files again that failed, though they are unchanged",
+    )
     add_hearing(parser, "encoder.pt")
 
 
 def add_similar(parser):
     """Flags of similar."""
-    parser.add_argument("songs", nargs="+", type=Path, metavar="SONG", help="in the store, or any other file")
+    parser.add_argument(
+        "songs", nargs="+", type=Path, metavar="SONG", help="in the store, or any other file"
+    )
     parser.add_argument("--n", type=positive, default=20, help="how many")
-    parser.add_argument("--any", action="store_true", help="of several songs: near any of them, not near their centre")
-    parser.add_argument("--other-albums", action="store_true", help="nothing from the albums of the songs named")
+    parser.add_argument(
+        "--any",
+        action="store_true",
+        help="of several songs: near any of them, not near their centre",
+    )
+    parser.add_argument(
+        "--other-albums", action="store_true", help="nothing from the albums of the songs named"
+    )
     add_playlist(parser)
     add_hearing(parser, "encoder.pt, for songs that are not in the store")
 
@@ -151,50 +198,91 @@ def add_path(parser):
 def add_duplicates(parser):
     """Flags of duplicates."""
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write them as a table")
-    parser.add_argument("--least", type=float, metavar="SCORE", default=0.9, help="similarity from which files are listed")
+    parser.add_argument(
+        "--least",
+        type=float,
+        metavar="SCORE",
+        default=0.45,
+        help="from which on files are one recording; 0.75: one master",
+    )
 
 
 def add_tag(parser):
     """Flags of tag."""
     parser.add_argument("paths", nargs="+", type=Path, metavar="SONG|FOLDER", help="what to tag")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row a song (default: of folders tags.csv)")
-    parser.add_argument("--plot", action="store_true", help="also a picture over time, SONG.png in --out")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="a row a song (default: of folders tags.csv)"
+    )
+    parser.add_argument(
+        "--plot", action="store_true", help="also a picture over time, SONG.png in --out"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(), help="where pictures go")
-    parser.add_argument("--top", type=positive, metavar="N", default=10, help="so many tags of a song")
-    parser.add_argument("--hop", type=seconds, metavar="S", help="seconds from window to window (default: a window)")
+    parser.add_argument(
+        "--top", type=positive, metavar="N", default=10, help="so many tags of a song"
+    )
+    parser.add_argument(
+        "--hop", type=seconds, metavar="S", help="seconds from window to window (default: a window)"
+    )
     add_hearing(parser, "tagger.pt")
 
 
 def add_map(parser):
     """Flags of map."""
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("library.html"), help="the page")
-    parser.add_argument("--tags", type=Path, metavar="FILE", help="a table of `tag FOLDER --csv`, to colour by")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", default=Path("library.html"), help="the page"
+    )
+    parser.add_argument(
+        "--tags", type=Path, metavar="FILE", help="a table of `tag FOLDER --csv`, to colour by"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the layout")
 
 
 def add_embed(parser):
     """Flags of embed."""
     parser.add_argument("paths", nargs="+", type=Path, metavar="SONG|FOLDER", help="what to embed")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("embeddings"), help="one npz a file goes here")
-    parser.add_argument("--one-file", action="store_true", help="instead OUT.npz: a matrix of the songs' means, and ids")
-    parser.add_argument("--features", choices=["output", "levels"], default="output",
-                        help="the encoder's output, or every block's mean and maximum over time")
-    parser.add_argument("--hop", type=seconds, metavar="S", help="seconds from window to window (default: a window)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("embeddings"),
+        help="one npz a file goes here",
+    )
+    parser.add_argument(
+        "--one-file",
+        action="store_true",
+        help="instead OUT.npz: a matrix of the songs' means, and ids",
+    )
+    parser.add_argument(
+        "--features",
+        choices=["output", "levels"],
+        default="output",
+        help="the encoder's output, or every block's mean and maximum over time",
+    )
+    parser.add_argument(
+        "--hop", type=seconds, metavar="S", help="seconds from window to window (default: a window)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="also what is embedded already")
     add_hearing(parser, "encoder.pt, or its TorchScript")
 
 
 def check(args):
     """WrongCommand where paths are not there; it says which."""
-    named = [*getattr(args, "folders", ()), *getattr(args, "paths", ()), getattr(args, "ckpt", None),
-             getattr(args, "tags", None)]
+    named = [
+        *getattr(args, "folders", ()),
+        *getattr(args, "paths", ()),
+        getattr(args, "ckpt", None),
+        getattr(args, "tags", None),
+    ]
     for path in filter(None, named):
         if not os.path.exists(path):
             raise WrongCommand(f"{path}: no such file or folder")
     for path in getattr(args, "folders", ()):
         if not path.is_dir():
-            raise WrongCommand(f"{path}: expected a folder with music; to hear one song type: python -m library similar "
-                               f"{path}")
+            raise WrongCommand(
+                f"{path}: expected a folder with music; to hear one song type: python -m library "
+                "similar "
+                f"{path}"
+            )
 
 
 def main(argv=None) -> int:
@@ -208,10 +296,13 @@ def main(argv=None) -> int:
         check(args)
         verb = import_module(f"library.{VERBS[args.verb][0]}")
         import_module("model").tune_allocator()
-        return getattr(verb, "run" if args.verb not in ("similar", "path", "duplicates") else args.verb)(args)
+        return getattr(verb, args.verb if args.verb in ("similar", "path") else "run")(args)
     except KeyboardInterrupt:
-        print(f"\nlibrary {args.verb}: interrupted; all that is done is kept, the same command goes on",
-              file=sys.stderr)
+        print(
+            f"\nlibrary {args.verb}: interrupted; all that is done is kept, the same command goes "
+            "on",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:  # `| head`
         sys.stdout = None

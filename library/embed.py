@@ -1,9 +1,8 @@
 """`embed`: what the encoder makes of recordings, for one's own programs.
 
-Leaves, of every file, OUT/NAME.npz: `embedding` (n, D) float32, one row a window, `timestamps` (n,), where the windows
-start in seconds, and `source`, what the rows depend on. With --one-file instead OUT.npz: `embedding` (N, D), the mean of
-each file's windows, and `id` (N,), its name.
-"""
+Leaves, of every file, OUT/NAME.npz: `embedding` (n, D) float32, one row a window, `timestamps`
+(n,), where the windows start in seconds, and `source`, what the rows depend on. With --one-file
+instead OUT.npz: `embedding` (N, D), the mean of each file's windows, and `id` (N,), its name."""
 
 import contextlib
 import json
@@ -21,7 +20,9 @@ from library.terminal import Stop, as_json, print_json, printable, progress, rep
 def source_of(network: Network, hop: float | None, file: Path) -> str:
     """What the rows of a file depend on, as text."""
     state = file.stat()
-    return json.dumps([network.identity, hop, str(file.resolve()), state.st_size, state.st_mtime_ns])
+    return json.dumps(
+        [network.identity, hop, str(file.resolve()), state.st_size, state.st_mtime_ns]
+    )
 
 
 def is_done(target: Path, source: str) -> bool:
@@ -29,11 +30,16 @@ def is_done(target: Path, source: str) -> bool:
     if not target.exists():
         return False
     was = None
-    with contextlib.suppress(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile), np.load(target) as old:
+    with contextlib.suppress(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile), np.load(
+        target
+    ) as old:
         was = str(old["source"])
     if was != source:
-        raise ValueError(f"{target} is damaged, or of another recording, encoder or --hop; type --overwrite, or another "
-                         "--out")
+        raise ValueError(
+            f"{target} is damaged, or of another recording, encoder or --hop; type --overwrite, "
+            "or another "
+            "--out"
+        )
     return True
 
 
@@ -48,6 +54,21 @@ def save(target: Path, **arrays):
     partial.replace(target)
 
 
+def what_is_left(
+    targets: dict[Path, Path], network: Network, args
+) -> tuple[list[Path], list[tuple]]:
+    """Files that are not embedded yet, and [(file, why not)] of those whose place is taken."""
+    todo = []
+    failed = []
+    for file, target in targets.items():
+        try:
+            if args.overwrite or not is_done(target, source_of(network, args.hop, file)):
+                todo.append(file)
+        except (OSError, ValueError) as error:
+            failed.append((file, str(error).removeprefix(f"{file}: ")))
+    return todo, failed
+
+
 def run(args) -> int:
     """The verb."""
     network = load_network(args.ckpt, args.features, args.device, args.amp)
@@ -55,16 +76,8 @@ def run(args) -> int:
     if args.one_file:
         return in_one_file(files, network, args)
     targets = {file: args.out / f"{name}.npz" for name, file in files.items()}
-    failed: list[tuple] = []
-    todo = []
-    before = 0
-    for file, target in targets.items():
-        try:
-            done = not args.overwrite and is_done(target, source_of(network, args.hop, file))
-            before += done
-            todo += [] if done else [file]
-        except (OSError, ValueError) as error:
-            failed.append((file, str(error).removeprefix(f"{file}: ")))
+    todo, failed = what_is_left(targets, network, args)
+    before = len(targets) - len(todo) - len(failed)
     with progress(len(todo), "embedding") as bar:
         for file, result in hear_whole(todo, network, args.hop, args.workers, args.timeout):
             bar.update()
@@ -73,7 +86,9 @@ def run(args) -> int:
                 continue
             rows, starts, short = result
             target = targets[file]
-            save(target, embedding=rows, timestamps=starts, source=source_of(network, args.hop, file))
+            save(
+                target, embedding=rows, timestamps=starts, source=source_of(network, args.hop, file)
+            )
             if not args.json:
                 note = ", shorter than a window, padded with silence" * short
                 bar.write(f"{printable(target)} {rows.shape}{note}")
@@ -97,8 +112,12 @@ def in_one_file(files: dict[str, Path], network: Network, args) -> int:
                 means[names[file]] = result[0].mean(0)
     if means:
         order = sorted(means)
-        save(target, embedding=np.stack([means[name] for name in order]), id=np.array(order),
-             identity=network.identity)
+        save(
+            target,
+            embedding=np.stack([means[name] for name in order]),
+            id=np.array(order),
+            identity=network.identity,
+        )
     return close({file: target for file in names}, 0, failed, args)
 
 
@@ -106,8 +125,14 @@ def close(targets: dict[Path, Path], before: int, failed: list[tuple], args) -> 
     """The closing lines, and the exit code."""
     done = len(targets) - len(failed)
     if args.json:
-        print_json({"embedded": done, "before": before, "failed": as_json(failed),
-                    "files": sorted({os.fsdecode(target) for target in targets.values()})})
+        print_json(
+            {
+                "embedded": done,
+                "before": before,
+                "failed": as_json(failed),
+                "files": sorted({os.fsdecode(target) for target in targets.values()}),
+            }
+        )
         return int(bool(failed))
     print(f"{done} of {len(targets)} files embedded, {before} of them before")
     report_failures(failed)

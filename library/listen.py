@@ -1,8 +1,8 @@
-"""Files to audio: whole or in excerpts, at one loudness if that is wanted, decoded by processes of their own.
+"""Files to audio: whole or in excerpts, at one loudness if that is wanted, decoded by processes of
+their own.
 
-A collection holds files that crash or hang a decoder. Here each decoding process may die: its file is tried once more,
-alone, then reported, and all others go on.
-"""
+A collection holds files that crash or hang a decoder. Here each decoding process may die: its file
+is tried once more, alone, then reported, and all others go on."""
 
 import contextlib
 import hashlib
@@ -23,6 +23,7 @@ import soundfile
 import torch
 from torch.nn import functional as F
 
+from library import copies
 from library.terminal import Stop
 
 LOUDNESS = 0.1  # root mean square of every window, where level shall not decide
@@ -32,12 +33,14 @@ RATES = range(1000, 768_001)  # Hz, of files that are read by seeking; others ar
 
 # --- excerpts: a song in ten windows, without reading the rest
 
+
 class Unseekable(Exception):
     """The container cannot seek, or not truly: the file has to be read in order."""
 
 
 def place(length: int, size: int, count: int) -> np.ndarray:
-    """Starts (count,) of windows of `size` spread evenly over `length` samples, each in the middle of its part.
+    """Starts (count,) of windows of `size` spread evenly over `length` samples, each in the middle
+    of its part.
 
     >>> place(100, 10, 3)
     array([15, 45, 75])
@@ -46,11 +49,14 @@ def place(length: int, size: int, count: int) -> np.ndarray:
 
 
 def by_seeking(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
-    """`count` windows (count, size) of a file and its seconds; raises Unseekable where it has to be read in order."""
+    """`count` windows (count, size) of a file and its seconds; raises Unseekable where it has to be
+    read in order."""
     try:
         # As an open file, so that names in any encoding open as well.
-        with (open(path, "rb", buffering=0) as raw,
-              soundfile.SoundFile(raw.fileno(), closefd=False) as file):
+        with (
+            open(path, "rb", buffering=0) as raw,
+            soundfile.SoundFile(raw.fileno(), closefd=False) as file,
+        ):
             rate = file.samplerate
             span = math.ceil(size * rate / sample_rate) + 1
             if not file.seekable() or rate not in RATES or file.frames < 2 * count * span:
@@ -68,37 +74,49 @@ def by_seeking(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarra
         raise Unseekable from None
 
 
-def by_reading(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
-    """As `by_seeking`, of any file that prepare decodes, in one pass and in the memory of 4 `count` windows.
+def stated_length(path) -> float:
+    """The seconds that a file claims to have; 0 where it does not say."""
+    import mutagen
 
-    Windows are kept on a grid that becomes twice as wide whenever too many are kept; a song shorter than a window is
-    padded with silence, one of few windows gives overlapping ones.
-    """
-    step = size // 4
-    audio = torch.zeros(0)
-    grid: list[np.ndarray] = []
-    first = 0  # where `audio` starts in the song
+    with contextlib.suppress(Exception):  # what a broken header raises has many types
+        return float(mutagen.File(path).info.length)
+    return 0.0
+
+
+def by_reading(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
+    """As `by_seeking`, of any file that prepare decodes, in the memory of `count` windows.
+
+    Where the windows lie depends on the length, which is true only at the end: a file that does not
+    state it, or wrongly, is read twice. A song shorter than a window is padded with silence, one of
+    few windows gives overlapping ones."""
+    planned = round(stated_length(path) * sample_rate)
+    windows, total = pick(prepare.stream(path, sample_rate), planned, size, count)
+    if abs(total - planned) > 0.005 * total:
+        windows, total = pick(prepare.stream(path, sample_rate), total, size, count)
+    return windows, total / sample_rate
+
+
+def pick(
+    pieces: Iterable[torch.Tensor], length: int, size: int, count: int
+) -> tuple[np.ndarray, int]:
+    """The windows (n, size) of audio in pieces that `place` puts into `length` samples, and how
+    long it truly is."""
+    starts = place(length, size, count) if length > size else np.zeros(1, np.int64)
+    windows = np.zeros((len(starts), size), np.float32)
     total = 0
-    for piece in prepare.stream(path, sample_rate):
+    for piece in pieces:
+        for row, start in zip(windows, starts):
+            first = max(0, start - total)
+            part = piece[first : max(0, start + size - total)]
+            at = max(0, total - start)
+            row[at : at + len(part)] = part
         total += len(piece)
-        audio = torch.cat([audio, piece])
-        while (at := len(grid) * step - first) + size <= len(audio):
-            grid.append(audio[at : at + size].numpy().copy())
-            if len(grid) > 8 * count:
-                grid = grid[::2]
-                step *= 2
-        skip = max(0, min(len(audio), len(grid) * step - first))
-        audio = audio[skip:]
-        first += skip
-    if not grid:
-        return F.pad(audio, (0, size - len(audio)))[None].numpy(), total / sample_rate
-    chosen = place(len(grid), 1, min(count, len(grid)))
-    return np.stack([grid[k] for k in chosen]), total / sample_rate
+    return windows, total
 
 
 def excerpts(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
-    """`count` windows (n, size) spread over a song, decoded without the rest where its container can seek, and its
-    seconds. Raises what `prepare.decode` raises."""
+    """`count` windows (n, size) spread over a song, decoded without the rest where its container
+    can seek, and its seconds. Raises what `prepare.decode` raises."""
     try:
         windows, seconds = by_seeking(path, sample_rate, size, count)
     except Unseekable:
@@ -109,7 +127,8 @@ def excerpts(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray,
 
 
 def every_window(path, sample_rate: int, size: int) -> Iterator[np.ndarray]:
-    """All non-overlapping windows of a song in pieces (n, size); one shorter than a window is padded with silence."""
+    """All non-overlapping windows of a song in pieces (n, size); one shorter than a window is
+    padded with silence."""
     rest = torch.zeros(0)
     whole = False
     for piece in prepare.stream(path, sample_rate):
@@ -134,25 +153,36 @@ def equal_loudness(windows: np.ndarray) -> np.ndarray:
 
 
 def files_of(paths: list[Path]) -> dict[str, Path]:
-    """Every file that is named, and every audio file of every folder: {its name: its path}; Stop where two share a name."""
+    """Every file that is named, and every audio file of every folder: {its name: its path}; Stop
+    where two share a name."""
     files: dict[str, Path] = {}
     for path in paths:
         found = prepare.audio_files(path) if path.is_dir() else {path.name: path}
         for name, file in found.items():
             if files.setdefault(name, file) != file:
-                raise Stop(f"{files[name]} and {file} would both become {name}: name them one by one, each with an "
-                           "--out of its own")
+                raise Stop(
+                    f"{files[name]} and {file} would both become {name}: name them one by one, "
+                    "each with an "
+                    "--out of its own"
+                )
     return files
 
 
 # --- what else a file says of itself
 
+
 def tags_of(path) -> dict:
-    """artist, title, album, year and genre as the file's own tags have them; None where they say nothing."""
+    """artist, title, album, year and genre as the file's own tags have them; None where they say
+    nothing."""
     import mutagen
 
-    names = {"artist": ("artist",), "title": ("title",), "album": ("album",),
-             "year": ("originaldate", "date", "year"), "genre": ("genre",)}
+    names = {
+        "artist": ("artist",),
+        "title": ("title",),
+        "album": ("album",),
+        "year": ("originaldate", "date", "year"),
+        "genre": ("genre",),
+    }
     found = dict.fromkeys(names)
     with contextlib.suppress(Exception):  # a broken tag costs the tag, not the song
         tags = mutagen.File(path, easy=True).tags or {}
@@ -164,7 +194,8 @@ def tags_of(path) -> dict:
 
 
 def sample_of(path) -> str:
-    """A hash of a file's size, and of its beginning, middle and end: does it lie elsewhere now, unchanged?"""
+    """A hash of a file's size, and of its beginning, middle and end: does it lie elsewhere now,
+    unchanged?"""
     size = os.stat(path).st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
@@ -181,12 +212,14 @@ class Heard:
     seconds: float
     audio: str
     sample: str
+    imprint: bytes = b""
     tags: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Hearing:
-    """How songs are heard for the store: `hearing(path)` yields windows (n, size), and at the end a Heard."""
+    """How songs are heard for the store: `hearing(path)` yields windows (n, size), and at the end a
+    Heard."""
 
     sample_rate: int
     size: int
@@ -196,25 +229,30 @@ class Hearing:
     def __call__(self, path) -> Iterator[np.ndarray | Heard]:
         if self.every:
             pieces = every_window(path, self.sample_rate, self.size)
-            seconds = 0.0
         else:
             windows, seconds = excerpts(path, self.sample_rate, self.size, self.count)
             pieces = [windows]
         digest = hashlib.sha256()
+        imprints: list[bytes] = []
         silent = True
         for windows in pieces:
             digest.update((windows * 32768).round().clip(-32768, 32767).astype("<i2").tobytes())
             silent = silent and bool(np.abs(windows).max() < SILENCE)
-            seconds += windows.size / self.sample_rate if self.every else 0
+            chosen = windows if self.every else windows[place(len(windows), 1, copies.WINDOWS)]
+            imprints += [copies.imprint(window[None], self.sample_rate) for window in chosen]
             yield equal_loudness(windows)
         if silent:
             raise ValueError(f"{path}: silent: nothing to hear in it")
-        yield Heard(seconds, digest.hexdigest(), sample_of(path), tags_of(path))
+        if self.every:
+            seconds = max(stated_length(path), len(imprints) * self.size / self.sample_rate)
+        chosen = [imprints[k] for k in place(len(imprints), 1, copies.WINDOWS)]
+        yield Heard(seconds, digest.hexdigest(), sample_of(path), b"".join(chosen), tags_of(path))
 
 
 @dataclass(frozen=True)
 class Whole:
-    """How files are heard for embeddings and tags: `whole(path)` yields all of a file, in pieces (n,)."""
+    """How files are heard for embeddings and tags: `whole(path)` yields all of a file, in pieces
+    (n,)."""
 
     sample_rate: int
 
@@ -225,10 +263,12 @@ class Whole:
 
 # --- processes
 
-PIECE = "piece"    # a part of what was asked for
-END = "end"        # the file is done
+PIECE = "piece"  # a part of what was asked for
+END = "end"  # the file is done
 FAILED = "failed"  # it cannot be heard; the content is the reason
-AGAIN = "again"    # its process died or hung: what came of it so far is void, it will be tried once more
+AGAIN = (
+    "again"  # its process died or hung: what came of it so far is void, it will be tried once more
+)
 
 
 class Decoder:
@@ -272,7 +312,8 @@ def _serve(pipe, hear):
     # Decoders talk on stderr, into the progress bar.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if sys.platform == "linux":
-        # A fork holds the parent's locks and its ends of the other pipes: with them it would outlive a killed parent.
+        # A fork holds the parent's locks and its ends of the other pipes: with them it would
+        # outlive a killed parent.
         os.closerange(3, pipe.fileno())
         os.closerange(pipe.fileno() + 1, 1 << 16)
     torch.set_num_threads(1)
@@ -289,17 +330,19 @@ def _serve(pipe, hear):
             pipe.send(answer)
 
 
-def hear_all(paths: Iterable[Path], hear: Callable, workers: int = 1,
-             timeout: float = 300.0) -> Iterator[tuple[Path, str, object]]:
-    """Decode files in processes: yields (path, kind, content), the pieces of each file in their order.
+def hear_all(
+    paths: Iterable[Path], hear: Callable, workers: int = 1, timeout: float = 300.0
+) -> Iterator[tuple[Path, str, object]]:
+    """Decode files in processes: yields (path, kind, content), the pieces of each file in their
+    order.
 
     Args:
         paths: files; each is asked for when a process is free for it.
         hear: hear(path) yields the pieces; it runs in the processes.
         workers: how many processes. timeout: seconds without a word after which a file is given up.
 
-    kind: PIECE (content: the piece), END, FAILED (content: the reason), or AGAIN: what came of this file so far is void.
-    """
+    kind: PIECE (content: the piece), END, FAILED (content: the reason), or AGAIN: what came of this
+    file so far is void."""
     lost: list[Path] = []
     for path, kind, content in _hear(paths, hear, workers, timeout):
         lost += [path] if kind == AGAIN else []
@@ -310,7 +353,8 @@ def hear_all(paths: Iterable[Path], hear: Callable, workers: int = 1,
 
 
 def _hear(paths, hear, workers, timeout):
-    """One round of `hear_all`, in which a file that crashes or hangs its process ends with AGAIN."""
+    """One round of `hear_all`, in which a file that crashes or hangs its process ends with
+    AGAIN."""
     paths = iter(paths)
     idle: list[Decoder] = []
     busy: dict = {}  # pipe -> Decoder

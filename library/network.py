@@ -15,15 +15,17 @@ from library import listen
 from library.terminal import Stop
 
 SHIPPED = Path(__file__).resolve().parent.parent / "demo"
+MOST = 2048  # numbers of levels that are taken
 DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Network:
-    """A network in eval mode: `network(windows (n, size)) -> (n, D)` features, or (n, K) probabilities of `tags`.
+    """A network in eval mode: `network(windows (n, size)) -> (n, D)` features, or (n, K)
+    probabilities of `tags`.
 
-    identity: what its numbers depend on, a hash. kind: levels (every block's mean and maximum over time), output, tags.
-    """
+    identity: what its numbers depend on, a hash. kind: levels (every block's mean and maximum over
+    time), output, tags."""
 
     module: torch.nn.Module
     kind: str
@@ -32,29 +34,36 @@ class Network:
     size: int
     tags: list[str]
     name: str
+    dimensions: int
     batch: int = 16
 
     @torch.inference_mode()
     def __call__(self, windows: np.ndarray) -> np.ndarray:
         like = next(self.module.parameters())
-        rows = [self.module(part[:, None].to(like.device, like.dtype)).float().cpu()
-                for part in torch.as_tensor(windows).split(self.batch)]
+        rows = [
+            self.module(part[:, None].to(like.device, like.dtype)).float().cpu()
+            for part in torch.as_tensor(windows).split(self.batch)
+        ]
         return torch.cat(rows).numpy()
 
 
-def load_network(path=None, kind: str = "levels", device: str = "auto", amp: str = "auto") -> Network:
+def load_network(
+    path=None, kind: str = "levels", device: str = "auto", amp: str = "auto"
+) -> Network:
     """An encoder's or tagger's file as a Network.
 
     Args:
-        path: encoder.pt, tagger.pt, or their TorchScript (a program: load only your own); by default what ships.
+        path: encoder.pt, tagger.pt, or their TorchScript (a program: load only your own); by
+        default what ships.
         kind: levels, output (of encoder.pt), or tags (of a tagger). device, amp: as everywhere.
 
-    Raises Stop where the file is of the other sort, and what model.py raises where it cannot be read.
-    """
+    Raises Stop where the file is of the other sort, and what model.py raises where it cannot be
+    read."""
     path = Path(path or default(kind))
     where = model.choose_device(device)
+    dimensions = 0
     if path.suffix == ".ts":
-        module = torch.jit.load(path, map_location=where).eval()
+        module = torch.jit.load(path, map_location=where)
         told = "tags" if module.tags else "output"
         sample_rate = module.sample_rate
     elif kind == "tags":
@@ -62,29 +71,41 @@ def load_network(path=None, kind: str = "levels", device: str = "auto", amp: str
         told = "tags"
         sample_rate = module.sample_rate
     else:
-        encoder, info = model.load_encoder(path)
-        module = encoder
+        module, info = model.load_encoder(path)
         told = kind
         # Checkpoints of the authors do not state it.
         sample_rate = info["sample_rate"] or prepare.SAMPLE_RATE
     if (told == "tags") != (kind == "tags"):
         wanted = "tagger.pt" if kind == "tags" else "encoder.pt"
         raise Stop(f"{path} gives {told}: expected {wanted}; type --ckpt {wanted}")
-    identity = hashlib.sha256(f"{model.weights_sha256(module)} {told}".encode()).hexdigest()
-    size = module.input_samples
-    tags = list(getattr(module, "tags", ()))
+    sha256 = model.weights_sha256(module)
     if path.suffix != ".ts":
-        module = prepared(module, told)
+        module, told, dimensions = for_inference(module, told)
         module.to(where, DTYPE[model.choose_amp(where, amp)])
-    batch = 16 if where.type == "cpu" else 512
-    return Network(module.eval(), told, identity, sample_rate, size, tags, str(path.resolve()), batch)
+    identity = hashlib.sha256(f"{sha256} {told}".encode()).hexdigest()
+    tags = list(getattr(module, "tags", ()))
+    return Network(
+        module.eval(),
+        told,
+        identity,
+        sample_rate,
+        module.input_samples,
+        tags,
+        str(path.resolve()),
+        dimensions or len(tags),
+        16 if where.type == "cpu" else 512,
+    )
 
 
-def prepared(module: torch.nn.Module, kind: str) -> torch.nn.Module:
-    """The module for inference: batch norms folded, with `levels` the features of every block."""
-    if kind == "levels":
-        return model.Levels(model.fold_batch_norm(module))
-    return model.fold_batch_norm(module)
+def for_inference(module: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, str, int]:
+    """The module with its batch norms folded, what it gives, and how many numbers that is: levels
+    only where they are not so many that how they go together can no longer be counted."""
+    folded = model.fold_batch_norm(module)
+    if kind == "levels" and hasattr(model, "Levels"):
+        levels = model.Levels(folded)
+        if levels.out_dim <= MOST:
+            return levels, kind, levels.out_dim
+    return folded, "output" if kind == "levels" else kind, getattr(module, "out_dim", 0)
 
 
 def default(kind: str) -> Path:
@@ -96,7 +117,8 @@ def default(kind: str) -> Path:
 
 
 class Frames:
-    """A recording through the network, one window every `hop` seconds (by default a window), in the memory of a piece.
+    """A recording through the network, one window every `hop` seconds (by default a window), in the
+    memory of a piece.
 
     `push` its audio piece by piece, then take the `rows`.
     """
@@ -121,19 +143,26 @@ class Frames:
         self.audio = self.audio[done:]
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Rows (n, D or K); the windows' starts (n,) in seconds; was it shorter than a window, and padded with silence?"""
+        """Rows (n, D or K); the windows' starts (n,) in seconds; was it shorter than a window, and
+        padded with silence?"""
         short = not self.parts
         if short:
-            self.parts.append(self.network(F.pad(self.audio, (0, self.network.size - len(self.audio)))[None]))
+            self.parts.append(
+                self.network(F.pad(self.audio, (0, self.network.size - len(self.audio)))[None])
+            )
         rows = np.concatenate(self.parts)
         return rows, np.arange(len(rows)) * self.step / self.network.sample_rate, short
 
 
-def hear_whole(files: Iterable[Path], network: Network, hop: float | None, workers: int, timeout: float
-               ) -> Iterator[tuple[Path, tuple | str]]:
-    """Files through the network, decoded in processes: yields (file, what `Frames.rows` gives, or the reason why not)."""
+def hear_whole(
+    files: Iterable[Path], network: Network, hop: float | None, workers: int, timeout: float
+) -> Iterator[tuple[Path, tuple | str]]:
+    """Files through the network, decoded in processes: yields (file, what `Frames.rows` gives, or
+    the reason why not)."""
     open_files: dict[Path, Frames] = {}
-    for path, kind, content in listen.hear_all(files, listen.Whole(network.sample_rate), workers, timeout):
+    for path, kind, content in listen.hear_all(
+        files, listen.Whole(network.sample_rate), workers, timeout
+    ):
         if kind == listen.PIECE:
             open_files.setdefault(path, Frames(network, hop)).push(content)
         elif kind == listen.END:

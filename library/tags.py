@@ -1,8 +1,7 @@
 """`tag`: what a tagger hears in a song, or in every song of a folder.
 
-A song's probability of a tag is the mean over its windows. A folder gives one row a song in a CSV: `file`, `top` (the
-tags above a half, else the first one), and a column a tag.
-"""
+A song's probability of a tag is the mean over its windows. A folder gives one row a song in a CSV:
+`file`, `top` (the tags above a half, else the first one), and a column a tag."""
 
 import csv
 import os
@@ -50,7 +49,9 @@ def write_csv(path: Path, songs: dict[Path, np.ndarray], tags: list[str]):
         lines.writerow(["file", "top", *tags])
         for song in sorted(songs):
             mean = songs[song]
-            lines.writerow([os.fspath(song), "; ".join(top(mean, tags)), *(f"{p:.4f}" for p in mean)])
+            lines.writerow(
+                [os.fspath(song), "; ".join(top(mean, tags)), *(f"{p:.4f}" for p in mean)]
+            )
     partial.replace(path)
 
 
@@ -58,7 +59,9 @@ def show(song: Path, mean: np.ndarray, tags: list[str], short: bool, count: int)
     """A song's likeliest tags, a line each."""
     best = mean.argsort()[::-1][:count]
     note = ", shorter than a window, padded with silence" * short
-    return "\n".join([f"{printable(song)}{note}", *(f"  {mean[k]:6.1%}  {printable(tags[k])}" for k in best)])
+    return "\n".join(
+        [f"{printable(song)}{note}", *(f"  {mean[k]:6.1%}  {printable(tags[k])}" for k in best)]
+    )
 
 
 def run(args) -> int:
@@ -70,8 +73,11 @@ def run(args) -> int:
     if args.plot and folder:
         raise Stop("--plot draws a song, not a folder; type: python -m library tag SONG --plot")
     if args.plot and len({file.name for file in files}) < len(files):
-        raise Stop("--plot: two of the files have one name, and so would their pictures: tag them one by one, each with "
-                   "an --out")
+        raise Stop(
+            "--plot: two of the files have one name, and so would their pictures: tag them one by "
+            "one, each with "
+            "an --out"
+        )
     songs: dict[Path, np.ndarray] = {}
     failed = []
     with progress(len(files), "tagging") as bar:
@@ -91,16 +97,28 @@ def run(args) -> int:
     return close(songs, failed, table, network.tags, args)
 
 
-def close(songs: dict[Path, np.ndarray], failed: list[tuple], table: Path | None, tags: list[str], args) -> int:
+def close(
+    songs: dict[Path, np.ndarray], failed: list[tuple], table: Path | None, tags: list[str], args
+) -> int:
     """The closing lines, and the exit code."""
     if args.json:
-        heard = [{"file": os.fspath(song), "tags": {tags[k]: round(float(songs[song][k]), 4)
-                                                    for k in songs[song].argsort()[::-1][: args.top]}}
-                 for song in sorted(songs)]
+        heard = [
+            {
+                "file": os.fspath(song),
+                "tags": {
+                    tags[k]: round(float(songs[song][k]), 4)
+                    for k in songs[song].argsort()[::-1][: args.top]
+                },
+            }
+            for song in sorted(songs)
+        ]
         print_json({"songs": heard, "failed": as_json(failed)})
         return int(bool(failed))
     if table:
-        print(f"{len(songs)} of {len(songs) + len(failed)} songs tagged" + f": {printable(table)}" * bool(songs))
+        print(
+            f"{len(songs)} of {len(songs) + len(failed)} songs tagged"
+            + f": {printable(table)}" * bool(songs)
+        )
     report_failures(failed)
     if songs:
         print("next: python -m library index FOLDER    # then similar, map, duplicates")

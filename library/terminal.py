@@ -1,4 +1,5 @@
-"""What a person sees: text that cannot steer the terminal, one progress bar, failures at the end."""
+"""What a person sees: text that cannot steer the terminal, one progress bar, failures at the
+end."""
 
 import json
 import os
@@ -8,8 +9,8 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-
-# Control and formatting characters, surrogates, private and unassigned ones, line and paragraph separators.
+# Control and formatting characters, surrogates, private and unassigned ones, line and paragraph
+# separators.
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
@@ -22,14 +23,21 @@ class WrongCommand(Stop):
 
 
 def printable(text) -> str:
-    r"""Text without control characters and without what is not UTF-8: names and tags come from strangers.
+    r"""Text without control characters and without what is not UTF-8: names and tags come from
+    strangers.
 
     >>> printable("a\x1b[31mb" + chr(0xDCFF))
     'a\\x1b[31mb\\udcff'
     """
     text = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
-    return "".join(letter if unicodedata.category(letter) not in UNSEEN else letter.encode("unicode_escape").decode()
-                   for letter in text)
+    return "".join(
+        (
+            letter
+            if unicodedata.category(letter) not in UNSEEN
+            else letter.encode("unicode_escape").decode()
+        )
+        for letter in text
+    )
 
 
 def clock(seconds: float) -> str:
@@ -43,8 +51,14 @@ def clock(seconds: float) -> str:
 
 def progress(total: int | None, what: str) -> tqdm:
     """The bar: songs done, songs a second, time left; every 15 s a line where nobody looks on."""
-    return tqdm(total=total, desc=what, unit="song", smoothing=0.1, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 15)
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="song",
+        smoothing=0.1,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 15,
+    )
 
 
 def report_failures(failed: Iterable[tuple]):
@@ -66,6 +80,11 @@ def print_json(value):
 def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     """Rows of text as aligned columns; `right`: the columns that are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths))]
-             for row in rows]
+    lines = [
+        [
+            cell.rjust(w) if k in right else cell.ljust(w)
+            for k, (cell, w) in enumerate(zip(row, widths))
+        ]
+        for row in rows
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)

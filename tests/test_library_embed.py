@@ -1,4 +1,5 @@
 """`library embed` and `library tag`: what leaves the project as numbers, files and tables."""
+
 import csv
 import json
 import os
@@ -21,13 +22,20 @@ def checkpoint(tmp_path_factory):
     """A tiny encoder with weights of its own."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
-    model.save_encoder(path, model.build_encoder("samplecnn", width=0.0625), sample_rate=RATE, method="clmr", step=1)
+    model.save_encoder(
+        path,
+        model.build_encoder("samplecnn", width=0.0625),
+        sample_rate=RATE,
+        method="clmr",
+        step=1,
+    )
     return path
 
 
 @pytest.fixture
 def sounds(tmp_path, tiny_audio):
-    """Three songs in a folder in a folder, one shorter than a window, and a file that is no audio."""
+    """Three songs in a folder in a folder, one shorter than a window, and a file that is no
+    audio."""
     folder = tmp_path / "sounds" / "deep"
     folder.mkdir(parents=True)
     x = soundfile.read(tiny_audio / "song 01.flac")[0]
@@ -46,14 +54,19 @@ def waveform(path):
     return torch.from_numpy(soundfile.read(path, dtype="float32")[0])
 
 
-def test_the_rows_are_the_encoder_s_and_the_timestamps_their_starts(checkpoint, tiny_audio, tmp_path):
+def test_the_rows_are_the_encoder_s_and_the_timestamps_their_starts(
+    checkpoint, tiny_audio, tmp_path
+):
     song = tiny_audio / "song 01.flac"
     assert embed(song, "--ckpt", checkpoint, "--out", tmp_path, "--hop", 1) == 0
     got = np.load(tmp_path / "song 01.flac.npz")
     windows = waveform(song).unfold(0, SIZE, RATE)[:, None]
     with torch.no_grad():
         want = model.load_encoder(checkpoint)[0](windows)
-    assert np.allclose(got["embedding"], want, rtol=1e-4, atol=1e-5) and got["embedding"].dtype == np.float32
+    assert (
+        np.allclose(got["embedding"], want, rtol=1e-4, atol=1e-5)
+        and got["embedding"].dtype == np.float32
+    )
     assert got["timestamps"].tolist() == list(range(len(windows)))
 
 
@@ -61,7 +74,9 @@ def test_one_broken_file_is_reported_and_ends_nothing(checkpoint, sounds, tmp_pa
     assert embed(sounds, "--ckpt", checkpoint, "--out", tmp_path / "e") == 1
     text = capsys.readouterr().out
     assert "3 of 4 files embedded" in text and "failed: " in text and "broken.mp3" in text
-    made = sorted(path.relative_to(tmp_path / "e").as_posix() for path in (tmp_path / "e").rglob("*.npz"))
+    made = sorted(
+        path.relative_to(tmp_path / "e").as_posix() for path in (tmp_path / "e").rglob("*.npz")
+    )
     assert made == ["deep/other.wav.npz", "deep/stereo.wav.npz", "short.wav.npz"]
 
 
@@ -100,12 +115,17 @@ def test_two_files_of_one_target_are_refused(checkpoint, sounds, tiny_audio, tmp
     other = tmp_path / "elsewhere" / "stereo.wav"
     other.parent.mkdir()
     soundfile.write(other, waveform(tiny_audio / "song 03.flac"), RATE)
-    assert embed(sounds / "deep" / "stereo.wav", other, "--ckpt", checkpoint, "--out", tmp_path / "c") == 1
+    assert (
+        embed(sounds / "deep" / "stereo.wav", other, "--ckpt", checkpoint, "--out", tmp_path / "c")
+        == 1
+    )
     assert "would both become stereo.wav" in capsys.readouterr().err
 
 
 def test_one_file_holds_a_matrix_and_the_names_in_its_order(checkpoint, sounds, tmp_path):
-    assert embed(sounds / "deep", "--ckpt", checkpoint, "--out", tmp_path / "all", "--one-file") == 0
+    assert (
+        embed(sounds / "deep", "--ckpt", checkpoint, "--out", tmp_path / "all", "--one-file") == 0
+    )
     assert embed(sounds / "deep", "--ckpt", checkpoint, "--out", tmp_path / "each") == 0
     got = np.load(tmp_path / "all.npz")
     assert got["id"].tolist() == ["other.wav", "stereo.wav"]
@@ -120,22 +140,42 @@ def test_the_torchscript_gives_the_same_rows(checkpoint, sounds, tmp_path):
     song = sounds / "deep" / "stereo.wav"
     assert embed(song, "--ckpt", tmp_path / "encoder.ts", "--out", tmp_path / "ts") == 0
     assert embed(song, "--ckpt", checkpoint, "--out", tmp_path / "pt") == 0
-    ours, theirs = (np.load(tmp_path / kind / "stereo.wav.npz")["embedding"] for kind in ("pt", "ts"))
+    ours, theirs = (
+        np.load(tmp_path / kind / "stereo.wav.npz")["embedding"] for kind in ("pt", "ts")
+    )
     assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_twenty_minutes_take_hardly_more_memory_than_one(run, checkpoint, tmp_path):
     # VmHWM, for what getrusage says is at least what the parent had when it forked.
-    code = ("import sys; from library import cli; assert cli.main(sys.argv[1:]) == 0; "
-            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))")
+    code = (
+        "import sys; from library import cli; assert cli.main(sys.argv[1:]) == 0; "
+        "print(next(line.split()[1] for line in open('/proc/self/status') if "
+        "line.startswith('VmHWM')))"
+    )
     minute = np.random.default_rng(0).standard_normal(60 * RATE).astype(np.float32) * 0.1
     peaks = []
     for minutes in (1, 20):
         with soundfile.SoundFile(tmp_path / f"{minutes}.wav", "w", RATE, 1) as file:
             for _ in range(minutes):
                 file.write(minute)
-        done = run(["-c", code, "embed", tmp_path / f"{minutes}.wav", "--ckpt", checkpoint, "--out", tmp_path, "--json",
-                    "--device", "cpu", "--workers", 1])
+        done = run(
+            [
+                "-c",
+                code,
+                "embed",
+                tmp_path / f"{minutes}.wav",
+                "--ckpt",
+                checkpoint,
+                "--out",
+                tmp_path,
+                "--json",
+                "--device",
+                "cpu",
+                "--workers",
+                1,
+            ]
+        )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
     assert peaks[1] < peaks[0] + 60  # MiB; decoded, the 20 minutes are 106
@@ -149,10 +189,14 @@ def test_embed_as_json(checkpoint, sounds, tmp_path, capsys):
 
 
 def test_a_tagger_is_refused_by_embed(tagger, tiny_audio, capsys):
-    assert embed(tiny_audio / "song 01.flac", "--ckpt", tagger) == 1 and "gives tags" in capsys.readouterr().err
+    assert (
+        embed(tiny_audio / "song 01.flac", "--ckpt", tagger) == 1
+        and "gives tags" in capsys.readouterr().err
+    )
 
 
 # --- tag
+
 
 @pytest.fixture(scope="module")
 def tagger(checkpoint):
@@ -161,7 +205,9 @@ def tagger(checkpoint):
     torch.manual_seed(5)
     head = torch.nn.Linear(encoder.out_dim, 3)
     path = checkpoint.parent / "tagger.ts"
-    model.export_torchscript(encoder, path, info["sample_rate"], head, ["jazz", "slow", "loud"], "multilabel")
+    model.export_torchscript(
+        encoder, path, info["sample_rate"], head, ["jazz", "slow", "loud"], "multilabel"
+    )
     return path
 
 
@@ -182,26 +228,49 @@ def test_tag_of_a_folder_is_a_table_of_one_row_a_song(tagger, sounds, tmp_path, 
     assert cli.main(["tag", str(sounds), "--ckpt", str(tagger), "--csv", str(table)]) == 1
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [os.path.basename(row["file"]) for row in rows] == ["other.wav", "stereo.wav", "short.wav"]
+    assert [os.path.basename(row["file"]) for row in rows] == [
+        "other.wav",
+        "stereo.wav",
+        "short.wav",
+    ]
     assert all(0 <= float(row[tag]) <= 1 for row in rows for tag in ("jazz", "slow", "loud"))
     assert "3 of 4 songs tagged" in (text := capsys.readouterr().out) and "failed: " in text
 
 
 def test_tag_over_time_is_a_picture(tagger, tiny_audio, tmp_path):
     song = tiny_audio / "song 02.flac"
-    assert cli.main(["tag", str(song), "--ckpt", str(tagger), "--plot", "--out", str(tmp_path), "--hop", "0.5"]) == 0
+    assert (
+        cli.main(
+            [
+                "tag",
+                str(song),
+                "--ckpt",
+                str(tagger),
+                "--plot",
+                "--out",
+                str(tmp_path),
+                "--hop",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "song 02.flac.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("args, code, words", [
-    (["embed", __file__, "--hop", "0"], 2, "seconds, above 0"),
-    (["embed", __file__, "--hop", "inf"], 2, "seconds, above 0"),
-    (["embed", "nowhere.mp3"], 2, "no such file"),
-    (["embed", __file__, "--ckpt", "nowhere.pt"], 2, "no such file"),
-    (["embed", __file__, "--ckpt", __file__], 1, "cannot be read as a checkpoint"),
-    (["tag", str(ROOT / "tests"), "--plot"], 1, "found none"),
-    (["embed", __file__, "--workers", "0"], 2, "whole number above 0"),
-    (["frobnicate"], 2, "invalid choice")])
+@pytest.mark.parametrize(
+    "args, code, words",
+    [
+        (["embed", __file__, "--hop", "0"], 2, "seconds, above 0"),
+        (["embed", __file__, "--hop", "inf"], 2, "seconds, above 0"),
+        (["embed", "nowhere.mp3"], 2, "no such file"),
+        (["embed", __file__, "--ckpt", "nowhere.pt"], 2, "no such file"),
+        (["embed", __file__, "--ckpt", __file__], 1, "cannot be read as a checkpoint"),
+        (["tag", str(ROOT / "tests"), "--plot"], 1, "found none"),
+        (["embed", __file__, "--workers", "0"], 2, "whole number above 0"),
+        (["frobnicate"], 2, "invalid choice"),
+    ],
+)
 def test_wrong_commands_say_what_is_wrong(args, code, words, capsys):
     try:
         got = cli.main(args)

@@ -1,0 +1,142 @@
+"""`duplicates`: one recording in several files; other masters of it are told apart by a score (see
+copies.py)."""
+
+import csv
+from collections.abc import Iterator
+
+import numpy as np
+
+from library.search import ALIKE, Collection, recording_score, same_length
+from library.store import Song
+from library.terminal import WrongCommand, clock, print_json, printable, table
+
+BLOCK = 1024  # songs of a block in the product of all with all
+
+
+class Groups:
+    """Things that are joined, two at a time; `root` tells the group of one."""
+
+    def __init__(self, count: int):
+        self.above = list(range(count))
+
+    def root(self, k: int) -> int:
+        """The one that stands for the group of k."""
+        while self.above[k] != k:
+            self.above[k] = self.above[self.above[k]]
+            k = self.above[k]
+        return k
+
+    def join(self, a: int, b: int):
+        """Their groups become one."""
+        self.above[self.root(b)] = self.root(a)
+
+
+def alike(collection: Collection) -> Iterator[tuple[int, int]]:
+    """Pairs of songs of about one length that sound alike: of n songs a small part of n^2 / 2."""
+    songs = collection.songs
+    order = sorted(range(len(songs)), key=lambda k: songs[k].seconds or 0)
+    seconds = np.array([songs[k].seconds or 0 for k in order])
+    unit = collection.unit[order]
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        end = int(np.searchsorted(seconds, 1.03 * seconds[stop - 1] + 2, "right"))
+        scores = (unit[start:stop].float() @ unit[start:end].float().T).numpy()
+        for i, j in zip(*np.nonzero(np.triu(scores >= ALIKE, 1))):
+            yield order[start + i], order[start + j]
+
+
+def groups_of_copies(collection: Collection, least: float) -> list[list[tuple[int, float]]]:
+    """Songs that are one recording: groups of (song, score to the first of its group), the largest
+    file first."""
+    songs = collection.songs
+    groups = Groups(len(songs))
+    first: dict = {}
+    for k, song in enumerate(songs):
+        groups.join(first.setdefault(song.audio or k, k), k)
+    for a, b in alike(collection):
+        if groups.root(a) != groups.root(b) and same_length(songs[a], songs[b]):
+            if recording_score(collection, songs[a], songs[b]) >= least:
+                groups.join(a, b)
+    members: dict[int, list[int]] = {}
+    for k in range(len(songs)):
+        members.setdefault(groups.root(k), []).append(k)
+    return sorted(scored(collection, ks) for ks in members.values() if len(ks) > 1)
+
+
+def scored(collection: Collection, group: list[int]) -> list[tuple[int, float]]:
+    """A group, its largest file first, with scores to that."""
+    songs = collection.songs
+    group = sorted(group, key=lambda k: (-songs[k].size, songs[k].path))
+    return [(k, recording_score(collection, songs[group[0]], songs[k])) for k in group]
+
+
+def write_csv(path, rows: list[tuple[int, Song, float]]):
+    """Rows (group, song, score) as a table; of names that are not UTF-8 the bytes as escapes."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        lines = csv.writer(file)
+        lines.writerow(["group", "score", "seconds", "bytes", "artist", "title", "file"])
+        for i, song, score in rows:
+            lines.writerow(
+                [i, f"{score:.4f}", song.seconds, song.size, song.artist, song.title, song.name]
+            )
+
+
+def run(args) -> int:
+    """The verb."""
+    if not 0 < args.least <= 1:
+        raise WrongCommand(f"--least is a score above 0, up to 1, not {args.least}")
+    collection = Collection(args.library)
+    groups = groups_of_copies(collection, args.least)
+    rows = [
+        (i, collection.songs[k], score) for i, group in enumerate(groups, 1) for k, score in group
+    ]
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.json:
+        print_json(
+            {
+                "groups": [
+                    [
+                        {
+                            "path": collection.songs[k].name,
+                            "score": round(score, 4),
+                            "bytes": collection.songs[k].size,
+                            "seconds": collection.songs[k].seconds,
+                        }
+                        for k, score in group
+                    ]
+                    for group in groups
+                ]
+            }
+        )
+        return 0
+    if rows and not args.csv:
+        lines = [["group", "score", "time", "MB", "path"]]
+        lines += [
+            [
+                str(i),
+                f"{score:.3f}",
+                clock(song.seconds or 0),
+                f"{song.size / 1e6:.1f}",
+                printable(song.name),
+            ]
+            for i, song, score in rows
+        ]
+        print(table(lines, right=(0, 1, 2, 3)))
+    print(
+        f"{len(groups)} recordings in several files, {len(rows) - len(groups)} files more than "
+        "needed, of "
+        f"{len(collection.songs):,} songs"
+    )
+    if rows:
+        print(
+            "score: 1 the same audio; above 0.75 the same master in another codec or level; below "
+            "it another master"
+        )
+    if args.csv:
+        print(
+            f"next: look through {printable(args.csv)}; the first of each group is its largest file"
+        )
+    else:
+        print("next: python -m library duplicates --csv duplicates.csv")
+    return 0
