@@ -23,13 +23,15 @@ demo: setup
 	$(PY) transfer.py --results runs/demo/evaluate-demo.json --plots runs/demo/plots
 	$(PY) transfer.py --ckpt this-demo=runs/demo/encoder.pt shipped=demo/encoder.pt --data demo --random \
 	  --out runs/demo/shipped.json
+	$(PY) -m library index demo/audio --library runs/demo/library.clmr
+	$(PY) -m library similar demo/audio/marino-theme-1.ogg --n 5 --library runs/demo/library.clmr
 	@echo
 	@echo "What this shows: every stage works on real music. What it cannot show: how good the"
 	@echo "method is. 37 test excerpts put some 16 points of chance around each accuracy, and a class"
 	@echo "is one game's soundtrack as much as one author. The shipped encoder (demo/MODEL_CARD.md)"
 	@echo "saw more music, some of these authors' among it, without labels."
 	@echo "Files: runs/demo/encoder.pt encoder.ts tagger.ts curves.png plots/ evaluate-demo.json"
-	@echo "Next:  $(PY) evaluate.py --ckpt runs/demo/tagger.ts --tag YOUR-SONG.mp3"
+	@echo "Next:  $(PY) -m library index YOUR-MUSIC"
 	@echo "       $(PY) prepare.py --data folder --root YOUR-MUSIC --name mine"
 
 test: setup
