@@ -371,6 +371,7 @@ def gpu(args):
     import kernels
     import model
     import pretrain
+    from kernels import splice
 
     device, batch, steps = model.choose_device("cuda"), args.batch_sizes[0], max(args.steps, 10)
     views, chain = torch.randn(2 * batch, 1, 59049, device=device) * 0.1, augment.Chain(22050)
@@ -410,9 +411,10 @@ def gpu(args):
         return lambda: take([views], 3e-4)
 
     def chain_in_steps():
-        in_one, augment._in_one_kernel = augment._in_one_kernel, lambda device: False
+        in_one = splice.in_one_kernel
+        splice.in_one_kernel = lambda device: False
         chain(views, draws)
-        augment._in_one_kernel = in_one
+        splice.in_one_kernel = in_one
 
     if not kernels.gpu_passes():
         raise RuntimeError("kernels/gpu.py cannot be used here; see the warning above")

@@ -7,7 +7,8 @@ compare every pass with the plain way.
 
     cpu.py      a block's training pass on a CPU (model.Block)
     gpu.py      the same on a GPU, as Triton kernels (model.Block)
-    splice.py   the pitch shift's search for splices, as a Triton kernel (augment.pitch_shift)
+    splice.py   the pitch shift's segments found, read and laid together (augment.pitch_shift)
+    splice_gpu.py   its search for them as one Triton kernel
     graph.py    a training step as one CUDA graph (pretrain)
 """
 import functools

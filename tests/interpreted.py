@@ -2,7 +2,7 @@
 
 In a process of its own, since Triton looks at TRITON_INTERPRET when it is imported. What is
 compared
-with: torch's layers in float64, and the same search as torch operations."""
+with: torch's layers in float64."""
 
 import copy
 import os
@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import augment
 import model
 from kernels import gpu
 
@@ -160,20 +159,6 @@ def stem_step(folder):
     want.backward(grad)
     x.grad = x_grad = torch.zeros_like(x)  # nobody asks for it
     compare(block, reference, x, type("nobody", (), {"grad": x_grad.double()}))
-
-
-def search(folder):
-    """The search for splices: the very same samples."""
-    from test_augment import RATE, music
-
-    ratio = 2 ** (torch.tensor([-5.0, 5.0, 2.3, -12.0]).double() / 12)
-    calls = []
-    starts = augment._starts
-    augment._starts = lambda *args: calls.append(args) or starts(*args)
-    augment._overlap_add(music(4, 14000)[:, 0], ratio, RATE)
-    in_steps = starts(*calls[0])
-    augment._in_one_kernel = lambda device: True
-    assert torch.equal(starts(*calls[0]), in_steps) and in_steps.shape[1] > 10
 
 
 if __name__ == "__main__":

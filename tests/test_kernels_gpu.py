@@ -1,4 +1,4 @@
-"""kernels/gpu.py and the search's kernel: by Triton's interpreter everywhere (interpreted.py),
+"""kernels/gpu.py: by Triton's interpreter everywhere (interpreted.py),
 and on a GPU where there is one."""
 
 import copy
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import augment
 import kernels
 import model
 import pretrain
@@ -27,7 +26,7 @@ needs_a_gpu = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.parametrize(
-    "what", ["blocks", "constant_audio", "two_processes", "stem", "stem_step", "search"]
+    "what", ["blocks", "constant_audio", "two_processes", "stem", "stem_step"]
 )
 def test_by_the_interpreter(tmp_path, what):
     command = [sys.executable, HERE / "interpreted.py", what, tmp_path]
@@ -100,27 +99,6 @@ def test_a_kernel_compiles_for_a_gpu_whatever_is_one(name):
         if one is None or (one if isinstance(one, str) else one[0]) in kernel.arg_names:
             constants = KERNELS[name] | ({one: 1} if one else {})
             assert compiled(kernel, constants, TYPES), (name, one)
-
-
-@needs_triton
-def test_the_search_compiles_for_a_gpu():
-    kernel = augment._search_kernel()
-    single = ("padded", "table", "scale", "candidates", "onward", "far")
-    types = dict.fromkeys(kernel.arg_names, WHOLE) | dict.fromkeys(single, SINGLE)
-    types |= {"step": "*i64", "starts": "*i64", "drift": "fp32"}
-    fade = round(augment.FADE * 22050)
-    lags = 2 * round(augment.SEARCH * 22050) + 1
-    sizes = {
-        "FADE": fade,
-        "LAGS": -(-lags // 16) * 16,
-        "PHASES": 16,
-        "TAPS": augment.SHORT_TAPS,
-        "FRACTIONS": augment.FRACTIONS,
-        "ATTACK_BLOCK": augment.ATTACK_BLOCK,
-        "WIDTH": 1 << (fade - 1).bit_length(),
-        "PART": 64,
-    }  # what augment._starts hands over at 22,050 Hz
-    assert compiled(kernel, sizes, types)
 
 
 def test_without_triton_the_layers_are_taken_and_it_is_said(monkeypatch):
