@@ -101,7 +101,7 @@ def for_inference(module: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, 
     """The module with its batch norms folded, what it gives, and how many numbers that is: levels
     only where they are not so many that how they go together can no longer be counted."""
     folded = model.fold_batch_norm(module)
-    if kind == "levels" and hasattr(model, "Levels"):
+    if kind == "levels" and hasattr(module, "blocks") and hasattr(model, "Levels"):
         levels = model.Levels(folded)
         if levels.out_dim <= MOST:
             return levels, kind, levels.out_dim

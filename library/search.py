@@ -343,7 +343,7 @@ def in_order(scores: np.ndarray, first: int = 1000):
 
 
 def arc(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
-    """n unit vectors (n, d) between the unit vectors a and b (d,), at equal angles, without them."""
+    """n unit vectors (n, d) at equal angles between the unit vectors a and b (d,), without them."""
     angle = np.arccos(np.clip(a @ b, -1, 1))
     t = np.linspace(0, 1, n + 2)[1:-1, None]
     # At an angle of 0 or of a half-circle the line has to do.

@@ -669,3 +669,22 @@ def test_windows_are_spread_over_a_song():
 def test_the_command_works_from_any_folder_by_its_path(run, tmp_path):
     done = run([ROOT / "library", "index", "--help"], cwd=tmp_path)
     assert done.returncode == 0 and "example: python -m library index" in done.stdout
+
+
+def test_a_map_of_the_store(capsys, indexed, tmp_path):
+    out = tmp_path / "map.html"
+    table = tmp_path / "tags.csv"
+    name = indexed / "music/artist 1/song 1.flac"
+    table.write_text(f'file,top,jazz\n"{name}","jazz; slow",0.9\n')
+    command = ["map", "--library", indexed / "library.clmr", "--out", out, "--tags", table]
+    assert as_json(capsys, *command) == {"songs": 18, "page": str(out)}
+    text = out.read_text(encoding="utf-8")
+    columns = json.loads(text.split('id="songs">')[1].split("</script>")[0])
+    assert (
+        len(columns["x"]) == 18
+        and columns["tag"].count("jazz") == 1
+        and "Title 5" in columns["title"]
+    )
+    table.write_text("name,tag\n")
+    code, _, err = type_in(capsys, *command)
+    assert code == 1 and "expected a table of" in err
