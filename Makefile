@@ -18,7 +18,7 @@ setup: .venv/ready
 demo: setup
 	$(PY) prepare.py --data demo
 	$(PY) pretrain.py --data demo $(SMALL) --save-every 25 --probe-every 25 --out runs/demo
-	$(PY) pretrain.py --plot runs/demo
+	$(PY) training/journal.py runs/demo
 	$(PY) evaluate.py --ckpt runs/demo/encoder.pt --random
 	$(PY) transfer.py --results runs/demo/evaluate-demo.json --plots runs/demo/plots
 	$(PY) transfer.py --ckpt this-demo=runs/demo/encoder.pt shipped=demo/encoder.pt --data demo --random \

@@ -299,7 +299,7 @@ def curve(variant, data, width, batch, steps):
     for step in range(steps):
         views = clips.crops(*(t.T.reshape(-1) for t in pairs.draw(step)), pairs.n)
         with torch.no_grad():
-            views = chain(views, chain.draw(len(views), pretrain.generator(0, "values", step)))
+            views = chain(views, chain.draw(len(views), pairs.chance("values", step)))
         with model.autocast("cpu", "bf16" if variant == "bfloat16" else "off"):
             loss, _ = learner(views)
         optimiser.zero_grad()
@@ -372,6 +372,7 @@ def gpu(args):
     import model
     import pretrain
     from kernels import splice
+    from kernels.graph import captured_step
 
     device, batch, steps = model.choose_device("cuda"), args.batch_sizes[0], max(args.steps, 10)
     views, chain = torch.randn(2 * batch, 1, 59049, device=device) * 0.1, augment.Chain(22050)
@@ -407,7 +408,9 @@ def gpu(args):
             torch.amp.GradScaler("cuda", enabled=False),
             lambda: model.autocast(device, "bf16"),
         )
-        take = pretrain.captured_step(*parts, views) if captured else pretrain.plain_step(*parts)
+        take = pretrain.plain_step(*parts)
+        if captured:
+            take = captured_step(take, *parts[:2], views)
         return lambda: take([views], 3e-4)
 
     def chain_in_steps():
@@ -530,7 +533,7 @@ def whole(args):
     import torch
 
     import model
-    from pretrain import read_log
+    from training.journal import read_log
 
     gpu, chosen = torch.cuda.is_available(), model.choose_amp(model.choose_device())
     cases = {

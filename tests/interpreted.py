@@ -107,7 +107,7 @@ def process(rank, port, folder):
 
 
 def two_processes(folder):
-    from test_pretrain import free_port
+    from pretraining import free_port
 
     block = block_like(8, 12, True)
     x = torch.randn(4, 8, 1, 81).contiguous(memory_format=torch.channels_last).requires_grad_()

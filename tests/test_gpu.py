@@ -12,6 +12,7 @@ import model
 import prepare
 import pretrain
 from pretend_gpu import PretendGpu
+from training.journal import read_log
 
 
 def test_the_pretend_gpu_finds_what_it_is_for():
@@ -142,7 +143,7 @@ def test_a_run_on_a_gpu_is_probed_saved_and_continued(tmp_path, tiny_data, on_a_
         "--max-steps",
     ]
     assert [on_a_gpu(pretrain.main, [*args, steps])[0] for steps in (1, 2)] == [0, 0]
-    assert [r["step"] for r in pretrain.read_log(tmp_path) if "probe" in r] == [1, 2]
+    assert [r["step"] for r in read_log(tmp_path) if "probe" in r] == [1, 2]
     assert model.load_encoder(tmp_path / "encoder.pt")[1]["step"] == 2
 
 

@@ -17,11 +17,11 @@ ORDER = {
     "prepare": {"splits"},
     "augment": {"kernels"},
     "model": {"kernels"},
-    "pretrain": {"prepare", "augment", "model", "kernels", "results"},
+    "pretrain": {"prepare", "augment", "model", "kernels", "training"},
     "evaluate": {"prepare", "model", "kernels"},
     "transfer": {"prepare", "model", "evaluate"},
 }
-FOLDERS = ("kernels", "splits", "library", "results", "bench", "demo", "tests")
+FOLDERS = ("kernels", "training", "splits", "library", "results", "bench", "demo", "tests")
 OPTIONAL = {"kernels", "splits"}
 TORCH_ALONE = ("augment", "model")
 PROGRAM = re.compile(r"^# --- program", re.M)
@@ -112,8 +112,10 @@ def test_augment_and_model_need_torch_alone(name):
     assert {module for module in modules if module not in sys.stdlib_module_names} == {"torch"}
 
 
-@pytest.mark.parametrize("path", modules_in("kernels") + modules_in("splits"))
-def test_kernels_and_splits_import_nothing_of_ours(path):
+@pytest.mark.parametrize(
+    "path", modules_in("kernels") + modules_in("training") + modules_in("splits")
+)
+def test_kernels_training_and_splits_import_nothing_of_ours(path):
     """What they need is handed in."""
     folder = path.split("/")[0]
     if path == "splits/published.py" and any(name == "prepare" for name, _ in ours_in(path)):
@@ -160,7 +162,7 @@ def test_public_functions_show_by_doctests_what_they_give(name):
 
 @pytest.mark.parametrize(
     "path",
-    [p for folder in ("kernels", "splits", "library", "results") for p in modules_in(folder)],
+    [path for folder in FOLDERS[:5] for path in modules_in(folder)],
 )
 def test_the_doctests_of_the_folders(path):
     if ">>>" not in (ROOT / path).read_text(encoding="utf-8"):
