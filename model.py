@@ -2,7 +2,7 @@
 
     python model.py                      # layers, shapes and parameters of the paper's SampleCNN
     python model.py --encoder cpc
-    python model.py --ckpt runs/mtat/encoder.pt --out exported/      # encoder.ts and encoder.pt2
+    python model.py --ckpt runs/mtat/encoder.pt --out exported/ --onnx    # encoder.ts .pt2 .onnx
 
 This file needs torch alone; where kernels/ lies beside it, training is faster by the same numbers.
 Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
@@ -10,30 +10,25 @@ Dimensions: B batch, C channels, T samples or steps, D features, P projection, K
 An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has
 `name` and `sizes`.
 
-Files:
-  encoder.pt    {"format", "state", "encoder", "sizes", "sample_rate", "input_samples", "out_dim",
-                "method", "step", ...}: only tensors, numbers, strings, lists and dicts, so
-                `torch.load(weights_only=True)` reads it
+Files, each with a sidecar .json beside the exports, and inside them:
+  encoder.pt    weights and what they are: {"format", "state", "weights_sha256", "encoder", "sizes",
+                "sample_rate", "input_samples", "out_dim", "method", "step", ...}: only tensors,
+                numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it
+  tagger.pt     the same, with "head", "tags", "task"
   encoder.ts    TorchScript: m(audio (B, 1, T)) -> (B, D), m.frames(audio, hop) -> (B, n, D);
-                m.sample_rate, m.input_samples
-  tagger.ts     the same with (B, K) probabilities, and m.tags
-  encoder.pt2   torch.export program of one window: (B, 1, input_samples) -> (B, D)
-  *.json        beside each export, and inside it: sample rate, input samples, dimensions, tags in
-                order, task, versions, sha256 of the weights (an encoder's own, the same in .ts and
-                .pt2); beside it also max_difference, found on reloading
+                m.sample_rate, m.input_samples; tagger.ts: (B, K) probabilities, and m.tags
+  encoder.pt2   torch.export program, and encoder.onnx, of one window: (B, 1, input_samples) ->
+  (B, D)
 """
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import hashlib
+import importlib
 import io
-import json
 import os
-import pickle
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -66,15 +61,17 @@ class Block(nn.Sequential):
         return super().forward(x) if faster is None else faster(x)
 
 @functools.cache
-def load_kernels():
-    """The folder kernels/ beside this file; None, which is said once, where it is not."""
+def load_kernels(module: str = "kernels"):
+    """A module of the folder kernels/ beside this file; None, which is said once, where it is
+    not."""
     try:
-        import kernels
-        kernels.training_pass  # and no package of that name
-        return kernels
+        found = importlib.import_module(module)
+        if module == "kernels":
+            found.training_pass  # and no package of that name
+        return found
     except (ImportError, AttributeError):
-        warnings.warn("there is no kernels/ beside model.py: training goes through torch's own "
-                      "layers, by the same numbers, slower", stacklevel=3)
+        warnings.warn("there is no kernels/ beside model.py: training is slower, by the same "
+                      "numbers, and files are read without their checksums", stacklevel=3)
         return None
 
 class SampleCNN(nn.Module):
@@ -125,9 +122,13 @@ class SampleCNN(nn.Module):
         for i, block in enumerate(self.blocks):
             block.recompute = i < blocks
 
-    def forward(self, x: Tensor) -> Tensor:
+    def front(self, x: Tensor) -> Tensor:
+        """What the blocks are given: (B, 1, T) -> (B, 1, 1, T)."""
         _check_windows(x, self.input_samples)
-        return self.blocks(x.unsqueeze(2)).flatten(1)  # (B, 1, 1, T) -> (B, D, 1, 1) -> (B, D)
+        return x.unsqueeze(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.front(x)).flatten(1)  # (B, D, 1, 1) -> (B, D)
 
 class SampleCNNLarge(SampleCNN):
     """The larger SampleCNN (7,289,088 parameters): more channels in the upper blocks, D = 1024."""
@@ -228,6 +229,34 @@ def build_encoder(name: str, **sizes) -> nn.Module:
         raise ValueError(f"unknown encoder {name!r}; there are: {', '.join(ENCODERS)}")
     return ENCODERS[name](**sizes)
 
+class Levels(nn.Module):
+    """Every block's mean and maximum over time, in place of the last block's output alone.
+
+    It takes an encoder that has `front` and `blocks`, folded or not, and is an encoder itself.
+
+    >>> Levels(SampleCNN(width=0.125)).eval()(torch.zeros(2, 1, 59049)).shape
+    torch.Size([2, 736])
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        if not hasattr(encoder, "blocks"):
+            raise ValueError(f"{encoder.name} has no blocks whose levels could be taken")
+        self.encoder = encoder
+        self.name = f"{encoder.name} levels"
+        self.sizes = encoder.sizes
+        self.input_samples = encoder.input_samples
+        self.out_dim = sum(2 * block[0].out_channels for block in encoder.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels: list[Tensor] = []
+        x = self.encoder.front(x)
+        for block in self.encoder.blocks:
+            x = block(x)
+            levels.append(x.mean((2, 3)))
+            levels.append(x.amax((2, 3)))
+        return torch.cat(levels, 1)  # (B, D)
+
 class BatchNormOverProcesses(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes (section 3.2), in training, on any device.
 
@@ -283,6 +312,7 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------- the encoder file
 
 FORMAT = "clmr-encoder-1"
+TAGGER = "clmr-tagger-1"
 
 def weights_sha256(module: nn.Module) -> str:
     """sha256 over names, shapes and values of all parameters and buffers: an encoder's identity."""
@@ -293,103 +323,141 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-class _Inert(dict):
-    """Stands in for any class that a foreign checkpoint names: takes what it is given and does
-    nothing."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-
-    __setstate__ = __init__
-
-class _TensorsOnly:
-    """A pickle module for foreign checkpoints: tensors are rebuilt, every other name is inert."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "torch._utils":
-                known = name in ("_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_tensor")
-            elif module in ("torch", "torch.storage"):
-                known = name.endswith("Storage")
-            else:
-                known = (module, name) == ("collections", "OrderedDict")
-            return super().find_class(module, name) if known else _Inert
-
-    @classmethod
-    def load(cls, file, **kwargs):
-        return cls.Unpickler(file, **kwargs).load()
-
 def read_checkpoint(path) -> dict:
-    """`torch.load(weights_only=True)` on the CPU, with errors a user can act on."""
+    """The dict that a file of torch.save holds, ours or a stranger's; every byte is verified.
+
+    Raises: FileNotFoundError; ValueError with one line, whatever the file holds."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of an encoder.pt, "
                                 "e.g. runs/NAME/encoder.pt")
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # Lightning stores its own classes beside the weights
-            content = torch.load(path, map_location="cpu", weights_only=False,
-                                 pickle_module=_TensorsOnly)
-    except Exception as error:  # torch raises half a dozen types for one fact: no file of ours
-        raise ValueError(f"{path} cannot be read as a checkpoint ({first_line(error)[:120]}); "
-                         "expected an encoder.pt of pretrain.py, or one of the authors'") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ValueError(f"{path} holds a {kind}, expected the dict of an encoder.pt")
-    return content
+        files = load_kernels("kernels.files")
+        content = files.read(path) if files else torch.load(path, "cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+        return content
+    except Exception as error:  # of a dozen types, for one fact: this is no file of ours
+        raise ValueError(f"{path} cannot be read: {first_line(error)[:150]}; expected an "
+                         "encoder.pt, or a checkpoint of the authors") from None
+
+def _save(path, encoder, content):
+    state = {key: value.detach().cpu().clone() for key, value in encoder.state_dict().items()}
+    content = {**content, "state": state, "weights_sha256": weights_sha256(encoder)}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
 
 def save_encoder(path, encoder: nn.Module, **info):
     """Write the encoder file (see the head of this file).
 
     Args:
         info: at least sample_rate, method and step; plain values only."""
-    plain = encoder.module if hasattr(encoder, "module") else encoder
-    state = {key: value.detach().cpu().clone() for key, value in plain.state_dict().items()}
-    content = {"format": FORMAT, **_identity(plain), **info, "state": state}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    encoder = encoder.module if hasattr(encoder, "module") else encoder
+    _save(path, encoder, {"format": FORMAT, **_identity(encoder), **info})
 
 def load_encoder(path) -> tuple[nn.Module, dict]:
     """Read an encoder file, ours or the authors' (Lightning `model.encoder.*`, older `encoder.*`).
 
     Returns: the encoder in eval mode on the CPU, and the info it was saved with.
-    Raises: FileNotFoundError; ValueError when the file is of another format or does not fit."""
+    Raises: FileNotFoundError; ValueError when the file is damaged, of another format, does not
+        fit its encoder, or holds weights that are no numbers."""
     content = read_checkpoint(path)
-    if content.get("format") == FORMAT:
-        encoder = build_encoder(content["encoder"], **content["sizes"])
-        _fill(encoder, content.pop("state"), path)
-        return encoder.eval(), content
-    state = _authors_state(content.get("state_dict", content))
-    if state is None:
-        found = ", ".join(map(str, list(content)[:4]))
-        raise ValueError(f"{path} is no encoder file: expected format {FORMAT!r} or the authors' "
-                         f"encoder.* keys, found {found}; give runs/NAME/encoder.pt (checkpoint.pt "
-                         "is for continuing a run)")
-    encoder = SampleCNN()
-    _fill(encoder, state, path)
-    # no sample rate is in the authors' checkpoints: all released ones were trained at the paper's
-    step = int(content.get("global_step", 0))
-    return encoder.eval(), {"format": "authors", **_identity(encoder), "sample_rate": None,
-                            "method": "clmr", "step": step, "data": None, "fingerprint": None}
+    with _one_line(path):
+        if content.get("format") == FORMAT:
+            return _built(content)
+        state = _authors_state(content.get("state_dict", content))
+        if state is None:
+            found = ", ".join(repr(key)[:40] for key in list(content)[:4])
+            raise ValueError(f"is no encoder file: expected format {FORMAT!r} or the authors' "
+                             f"encoder.* keys, found {found}; give runs/NAME/encoder.pt "
+                             "(checkpoint.pt is for continuing a run)")
+        # they hold no sample rate: all that were released were trained at the paper's
+        return _built({"format": "authors", "encoder": SampleCNN.name, "sizes": {"width": 1.0},
+                       "state": state, "sample_rate": None, "method": "clmr", "data": None,
+                       "step": content.get("global_step", 0), "fingerprint": None})
+
+def save_tagger(path, encoder: nn.Module, head: nn.Module, tags, task: str, sample_rate: int,
+                **info):
+    """Write a tagger's weights, tagger.pt.
+
+    Args:
+        encoder: as built here, or its Levels.
+        head: linear layers (B, D) -> (B, K) of logits, ReLU between them. What calibrates them, a
+            scale and an offset a tag, belongs into the last one. tags, task: names of the K
+            outputs in order; multilabel or singlelabel.
+        sample_rate: of the audio it expects, in Hz. info: further plain values."""
+    levels = isinstance(encoder, Levels)
+    encoder = encoder.encoder if levels else encoder
+    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    weights = [{"weight": layer.weight.detach().cpu(), "bias": layer.bias.detach().cpu()}
+               for layer in layers]
+    _save(path, encoder, {"format": TAGGER, **_identity(encoder), "levels": levels, "head": weights,
+                          "tags": list(tags), "task": task, "sample_rate": sample_rate, **info})
+
+def load_tagger(path) -> tuple[nn.Module, dict]:
+    """Read tagger.pt -> Exported in eval mode, which gives probabilities, and the info it was
+    saved with.
+
+    Raises: FileNotFoundError; ValueError as `load_encoder`."""
+    content = read_checkpoint(path)
+    with _one_line(path):
+        if content.get("format") != TAGGER:
+            raise ValueError(f"is no tagger: expected format {TAGGER!r}; give a tagger.pt")
+        weights = content.pop("head")
+        encoder, info = _built(content)
+        encoder = Levels(encoder) if info["levels"] else encoder
+        layers = []
+        for layer in weights:
+            layers += [nn.Linear(*layer["weight"].shape[::-1], device="meta"), nn.ReLU()]
+            _check_weights(layer, layers[-2].state_dict(), "the head")
+            layers[-2].load_state_dict(layer, assign=True)
+        head = nn.Sequential(*layers[:-1])
+        exported = _engine("exports").Exported
+        return exported(encoder, info["sample_rate"], head, info["tags"], info["task"]).eval(), info
+
+@contextlib.contextmanager
+def _one_line(path):
+    """What a damaged or crafted file makes our code raise, as one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} {first_line(error)[:300]}") from None
+
+def _built(content):
+    """The encoder of a file's content, and the rest of it. Nothing large is made before all
+    fits."""
+    state = content.pop("state")
+    sha256 = content.pop("weights_sha256", None)  # older files have none
+    for key in ("sample_rate", "step", "method", "data", "fingerprint", "task"):
+        kind = int if key in ("sample_rate", "step") else str
+        if not isinstance(content.get(key), (kind, type(None))):
+            raise ValueError(f"is damaged or made by hand: {key} is no {kind.__name__}")
+    with torch.device("meta"):
+        wanted = build_encoder(content["encoder"], **content["sizes"]).state_dict()
+    _check_weights(state, wanted, f"{content['encoder']} {content['sizes']}")
+    encoder = build_encoder(content["encoder"], **content["sizes"])
+    encoder.load_state_dict(state)
+    if sha256 not in (None, weights_sha256(encoder)):
+        raise ValueError("is damaged: its weights are not those that were saved")
+    return encoder.eval(), {**content, **_identity(encoder)}
 
 def _identity(encoder):
     return {"encoder": encoder.name, "sizes": dict(encoder.sizes), "out_dim": encoder.out_dim,
             "input_samples": encoder.input_samples}
 
-def _fill(encoder, state, path):
-    wanted = encoder.state_dict()
-    misfit = f"{path} does not fit {encoder.name} {encoder.sizes}"
+def _check_weights(state, wanted, what):
     missing = sorted(set(wanted) - set(state))
     unexpected = sorted(set(state) - set(wanted))
     if missing or unexpected:
-        raise ValueError(f"{misfit}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise ValueError(f"does not fit {what}: missing {missing[:3]}, unexpected {unexpected[:3]}")
     for key, value in wanted.items():
-        if state[key].shape != value.shape:
-            found = tuple(state[key].shape)
-            raise ValueError(f"{misfit}: {key} is {found}, expected {tuple(value.shape)}")
-    encoder.load_state_dict(state)
+        found = state[key]
+        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+            raise ValueError(f"does not fit {what}: {key} is {tuple(found.shape)} of "
+                             f"{found.dtype}, expected {tuple(value.shape)} of {value.dtype}")
+        if found.untyped_storage().nbytes() < found.nbytes or not found.isfinite().all():
+            raise ValueError(f"is damaged: {key} is not all numbers")
 
 def _authors_state(state):
     """The authors' names -> ours, or None. Blocks are `sequential.I` (0..10) or, in the oldest
@@ -408,194 +476,58 @@ def _authors_state(state):
         renamed[f"blocks.{block}.{found[3]}"] = value
     return renamed or None
 
-# ------------------------------------------------------------ exports that work without this file
-
-class Exported(nn.Module):
-    """What encoder.ts and tagger.ts hold: windows, the encoder, an optional head, the mean over
-    windows.
-
-        audio  |-- window 0 --|-- window 1 --|-- window 2 --| rest (less than a window: left out)
-    """
-
-    tags: list[str]
-    sample_rate: int
-    input_samples: int
-
-    def __init__(self, encoder: nn.Module, sample_rate: int, head: nn.Module = None, tags=(),
-                 task: str = "none"):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Identity() if head is None else head
-        self.tags = list(tags)
-        self.task = "none" if head is None else task
-        self.sample_rate = int(sample_rate)
-        self.input_samples = int(encoder.input_samples)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        y = self.head(self.encoder(x))
-        if self.task == "multilabel":
-            return torch.sigmoid(y)
-        return torch.softmax(y, 1) if self.task == "singlelabel" else y
-
-    @torch.jit.export
-    def frames(self, audio: Tensor, hop: int) -> Tensor:
-        """(B, 1, T) -> (B, n, D): one row per window of `input_samples`, every `hop` samples."""
-        if audio.dim() != 3 or audio.shape[1] != 1 or audio.shape[2] < self.input_samples:
-            raise ValueError(f"expected mono audio (B, 1, T) with T >= {self.input_samples}, "
-                             f"got {list(audio.shape)}")
-        if hop < 1:
-            raise ValueError("hop must be at least one sample")
-        windows = audio[:, 0].unfold(1, self.input_samples, hop)  # (B, n, window), a view
-        n = windows.shape[1]
-        rows: list[Tensor] = []
-        for i in range(windows.shape[0]):
-            for j in range(0, n, 32):  # bounded memory for any length of audio
-                rows.append(self._rows(windows[i, j : j + 32].unsqueeze(1)))
-        return torch.cat(rows).reshape(audio.shape[0], n, -1)
-
-    def forward(self, audio: Tensor) -> Tensor:
-        return self.frames(audio, self.input_samples).mean(1)  # (B, n, D) -> (B, D)
-
-class ExportError(RuntimeError):
-    """An exported file, loaded again, does not give what the encoder gives."""
+# ------------------------------------------------ what kernels/exports.py and kernels/machine.py do
 
 def export_torchscript(encoder: nn.Module, path, sample_rate: int, head: nn.Module = None, tags=(),
                        task: str = "none", info: dict = None) -> dict:
     """Write a TorchScript file and its sidecar, load it from the disk, and compare it with eager.
 
     Args:
-        encoder: as built or loaded here; batch norms are folded in a copy.
+        encoder: as built or loaded here, or its Levels; batch norms are folded in a copy.
         sample_rate: of the audio it expects, in Hz.
         head: optional module (B, D) -> (B, K) of logits; then also tags, the names of the K outputs
             in order, and task: multilabel or singlelabel.
         info: further entries of the sidecar.
     Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded) at
         two lengths and two batch sizes, relative to the output's scale.
-    Raises: ExportError if that is above 1e-4: do not use the file; ValueError for a head without
+    Raises: RuntimeError if that is above 1e-4: do not use the file; ValueError for a head without
         its task, or with another number of outputs than tags."""
-    encoder = copy.deepcopy(encoder).cpu().float().eval()
-    if head is not None:
-        head = copy.deepcopy(head).cpu().float().eval()
-        _check_head(head, encoder.out_dim, tags, task)
-    eager = Exported(encoder, sample_rate, head, tags, task).eval()
-    folded = Exported(fold_batch_norm(encoder), sample_rate, head, tags, task).eval()
-    sidecar = _sidecar(eager, info)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # scripting is kept for the users who load it; encoder.pt2 is beside it
-        warnings.simplefilter("ignore", DeprecationWarning)
-        inside = {"sidecar.json": json.dumps(sidecar)}
-        torch.jit.save(torch.jit.script(folded), buffer, _extra_files=inside)
-        write_atomically(path, buffer.getvalue())
-        loaded = torch.jit.load(path)
-    audio = [_noise(1, encoder.input_samples), _noise(3, 2 * encoder.input_samples + 1234)]
-    return _compare(path, sidecar, [(eager, loaded, x) for x in audio])
+    return _export("torchscript", path, info, encoder, sample_rate, head, tags, task)
 
 def export_program(encoder: nn.Module, path, sample_rate: int, info: dict = None) -> dict:
-    """Write encoder.pt2, a torch.export program `(B, 1, input_samples) -> (B, D)` for any B, and
-    its sidecar; checked as `export_torchscript` does."""
-    encoder = copy.deepcopy(encoder).cpu().float().eval()
-    sidecar = _sidecar(Exported(encoder, sample_rate), info)
-    audio = _noise(4, encoder.input_samples)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch's own writer about its own buffers
-        any_batch = ({0: torch.export.Dim("batch")},)
-        folded = fold_batch_norm(encoder)
-        program = torch.export.export(folded, (audio[:2],), dynamic_shapes=any_batch)
-        torch.export.save(program, buffer, extra_files={"sidecar.json": json.dumps(sidecar)})
-        write_atomically(path, buffer.getvalue())
-        loaded = torch.export.load(path).module()
-    return _compare(path, sidecar, [(encoder, loaded, audio)])
+    """The same as encoder.pt2, a torch.export program `(B, 1, input_samples) -> (B, D)` for any
+    B."""
+    return _export("program", path, info, encoder, sample_rate)
 
-def _check_head(head, in_dim, tags, task):
-    with torch.no_grad():
-        outputs = head(torch.zeros(1, in_dim)).shape[1]
-    if task not in ("multilabel", "singlelabel") or len(tags) != outputs:
-        raise ValueError(f"a head of {outputs} outputs needs as many tags, and the task "
-                         f"multilabel or singlelabel; got {len(tags)} and {task!r}")
+def export_onnx(encoder: nn.Module, path, sample_rate: int, head: nn.Module = None, tags=(),
+                task: str = "none", info: dict = None) -> dict:
+    """The same as ONNX, `audio (B, 1, input_samples) -> features (B, D)`, or probabilities (B,
+    K), for any B. It needs the packages onnx and onnxscript, and onnxruntime to compare."""
+    return _export("onnx", path, info, encoder, sample_rate, head, tags, task)
 
-def _sidecar(eager: Exported, info):
-    encoder = eager.encoder
-    plain = eager.task == "none"
-    return {"sample_rate": eager.sample_rate, "input_samples": encoder.input_samples,
-            "out_dim": encoder.out_dim if plain else len(eager.tags), "tags": eager.tags,
-            "task": eager.task, "encoder": encoder.name, "sizes": encoder.sizes,
-            "versions": versions(), "sha256": weights_sha256(encoder if plain else eager),
-            **(info or {})}
+def _export(kind, path, info, *parts):
+    exports = _engine("exports")
+    module = exports.Exported(*parts)
+    sha256 = weights_sha256(module.encoder if module.task == "none" else module)
+    sidecar = {"sha256": sha256, **(info or {})}
+    folded = fold_batch_norm(module)
+    return exports.write(kind, module, folded, Path(path), sidecar, write_atomically)
 
-def _noise(batch, samples):
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(batch, 1, samples, generator=generator) * 2 - 1
+def _engine(part):
+    found = load_kernels(f"kernels.{part}")
+    if found is None:
+        raise AttributeError(f"this needs kernels/{part}.py: put kernels/ beside model.py")
+    return found
 
-def _compare(path, sidecar, trials):
-    """Note the largest difference over (eager, loaded, audio), and write the sidecar."""
-    worst = 0.0
-    with torch.no_grad():
-        for eager, loaded, audio in trials:
-            want = eager(audio)
-            difference = (loaded(audio) - want).abs().max() / want.abs().max().clamp_min(1e-12)
-            worst = max(worst, difference.item())
-    if not worst < 1e-4:
-        raise ExportError(f"{path} differs from the eager encoder by {worst:.1e} (relative): do "
-                          "not use it, and report this")
-    sidecar = {**sidecar, "max_difference": worst}
-    text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(f"{path}.json", text.encode())
-    return sidecar
+ENGINE = {"Exported": "exports", "tune_allocator": "machine", "choose_device": "machine",
+          "choose_amp": "machine", "autocast": "machine", "versions": "machine",
+          "code_version": "machine"}
 
-# -------------------------------------------- the machine: what every script does in the same way
-
-def tune_allocator():
-    """Keep freed memory in the process (glibc only; elsewhere nothing). Call it before the first
-    large tensor.
-
-    glibc returns every large block to the system at each free, and half of a training step on the
-    CPU is then spent on page faults. Both calls are needed; the heap grows by fragments, which
-    jemalloc without decay avoids."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large request
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the top of the heap back
-
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto`, `cpu` or `cuda` -> device; in a torchrun process, `cuda` is the GPU of that process.
-
-    >>> choose_device("cpu")
-    device(type='cpu')"""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, not {name!r}")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; type --device cpu")
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions with errors of 1e-3
-    return device
-
-def choose_amp(device, amp: str = "auto") -> str:
-    """`auto` -> `bf16` where the hardware multiplies it (AVX-512 BF16, AMX, Ampere or later),
-    else `off` (on an older GPU `fp16`)."""
-    device = torch.device(device)
-    if amp == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if amp == "auto":
-        asked = getattr(torch.cpu, "get_capabilities", dict)  # of torch 2.9 or later
-        return "bf16" if asked().get("avx512_bf16") or asked().get("amx_bf16") else "off"
-    if amp not in ("off", "bf16", "fp16"):
-        raise ValueError(f"--amp must be auto, off, bf16 or fp16, not {amp!r}")
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 is for GPUs; on the CPU type --amp bf16 or --amp off")
-    return amp
-
-def autocast(device, amp: str = "auto"):
-    """The context of mixed precision: `with autocast(device, "auto"): h = encoder(x)`; see
-    `choose_amp`."""
-    amp = choose_amp(device, amp)
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=amp != "off")
+def __getattr__(name):
+    """Names of this file that stand in kernels/: model.choose_device, model.autocast, ..."""
+    if name not in ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_engine(ENGINE[name]), name)
 
 def write_atomically(path, data: bytes):
     """Write `data` under a temporary name in the same folder, flush it to the disk, then move it
@@ -621,19 +553,6 @@ def first_line(error: BaseException) -> str:
     ('no such file', 'MemoryError')"""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-def versions() -> dict:
-    """Versions that explain a number."""
-    return {"python": ".".join(map(str, sys.version_info[:3])), "torch": torch.__version__}
-
-def code_version() -> str:
-    """The git commit of this file's folder, `+` when it has changes; else `unknown`."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    folder = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    return "unknown"
 
 # --- program: it needs no sibling
 
@@ -665,37 +584,54 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=list(ENCODERS), default="samplecnn", help="which encoder to print")
     add("--width", type=float, default=1.0, help="factor on all channels")
-    add("--ckpt", metavar="FILE", help="an encoder.pt instead of a new encoder")
+    add("--ckpt", metavar="FILE", help="an encoder.pt or tagger.pt instead of a new encoder")
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="write encoder.ts and encoder.pt2 here (with --ckpt)")
+    add("--out", metavar="DIR", help="write encoder.ts and .pt2, or tagger.ts, here (with --ckpt)")
+    add("--onnx", action="store_true", help="and encoder.onnx or tagger.onnx (with --out)")
     return parser
 
-def export_all(encoder: nn.Module, out: Path, sample_rate: int):
-    """Write every export of an encoder, a line each."""
-    for name, export in (("encoder.ts", export_torchscript), ("encoder.pt2", export_program)):
-        difference = export(encoder, out / name, sample_rate)["max_difference"]
-        print(f"{out / name}: largest difference to eager {difference:.1e}")
+def load_any(path):
+    """What encoder.pt or tagger.pt holds, as Exported."""
+    if read_checkpoint(path).get("format") == TAGGER:
+        return load_tagger(path)[0]
+    encoder, info = load_encoder(path)
+    if info["sample_rate"] is None:
+        raise ValueError(f"{path} does not say its sample rate (an authors' checkpoint): export it "
+                         f"by evaluate.py --ckpt {path} --data NAME")
+    return _engine("exports").Exported(encoder, info["sample_rate"])
+
+def export_all(module, out: Path, with_onnx: bool):
+    """Write every export of an encoder or a tagger, a line each."""
+    name = "encoder" if module.task == "none" else "tagger"
+    head = None if name == "encoder" else module.head
+    parts = (module.encoder, module.sample_rate, head, module.tags, module.task)
+    kinds = {"ts": "torchscript", "onnx": "onnx", "pt2": "program"}
+    for suffix, kind in kinds.items():
+        if (suffix == "onnx" and not with_onnx) or (suffix == "pt2" and name == "tagger"):
+            continue
+        path = out / f"{name}.{suffix}"
+        difference = _export(kind, path, None, *parts)["max_difference"]
+        print(f"{path}: largest difference to eager {difference}")
 
 def main(argv=None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.out and not args.ckpt:
         parser.error("--out exports a trained encoder: name it with --ckpt runs/NAME/encoder.pt")
+    if args.onnx and not args.out:
+        parser.error("--onnx says what to export: name the folder with --out DIR")
     if args.ckpt and not Path(args.ckpt).exists():
         parser.error(f"{args.ckpt}: no such file")
     try:
         if not args.ckpt:
             print(table(build_encoder(args.encoder, width=args.width)))
             return 0
-        encoder, info = load_encoder(args.ckpt)
-        print(table(encoder))
-        if args.out and info["sample_rate"] is None:
-            raise ValueError(f"{args.ckpt} does not say its sample rate (an authors' checkpoint): "
-                             f"export it by evaluate.py --ckpt {args.ckpt} --data NAME")
         if args.out:
-            export_all(encoder, Path(args.out), info["sample_rate"])
+            export_all(load_any(args.ckpt), Path(args.out), args.onnx)
+        else:
+            print(table(load_encoder(args.ckpt)[0]))
         return 0
-    except (ValueError, OSError, ExportError) as error:
+    except (ValueError, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         return 1
 
