@@ -157,7 +157,8 @@ def probe():
     labels = [w > w.quantile(1 - f) for w, f in zip(wanted.T, frequency)]
     y = torch.stack(labels, 1)[clips].byte()
     began = time.perf_counter()
-    _, info = evaluate.fit_probe(h[:n], y[:n], h[n:], y[n:], clips[n:])
+    data = evaluate.Windows(h, y, clips)
+    _, info = evaluate.fit_probe(data[:n], data[n:])
     found = {"seconds": time.perf_counter() - began, "windows": n, "tags": 50, **info}
     return {key: round(v, 4) if isinstance(v, float) else v for key, v in found.items()}
 

@@ -261,7 +261,7 @@ def is_finished(args, path, fractions, seeds, flags):
     found = {**result["protocol"], "step": result["encoder"].get("step")}
     wanted = {
         "ckpt": str(args.ckpt),
-        "data": args.data,
+        "data": [args.data],
         "fraction": [float(fraction) for fraction in fractions],
         "seeds": seeds,
         "amp": args.amp,

@@ -41,15 +41,6 @@ EXAMPLES = {
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Every default is shown, but for None and False, which say nothing."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
 def positive(text: str) -> int:
     """An integer above 0."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
@@ -121,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=f"{text[0].upper()}{text[1:]}.",
             allow_abbrev=False,
             epilog=f"example: {EXAMPLES[verb]}",
-            formatter_class=Help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     add_index(made["index"])
     add_similar(made["similar"])
@@ -161,8 +152,8 @@ def add_index(parser):
     parser.add_argument(
         "--windows",
         choices=["ten", "all"],
-        help="ten, spread over the song, or all of it, kept one by one beside their mean "
-        "(default: as the store has it, at first ten)",
+        default="ten",
+        help="ten, spread over the song, or all of it, kept one by one beside their mean",
     )
     parser.add_argument(
         "--shard",
@@ -294,48 +285,32 @@ def check(args):
             )
 
 
-def give_up_output():
-    """Nobody reads on, or the disk behind the output is full: the rest goes nowhere."""
-    with contextlib.suppress(Exception):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(verb: str, text):
-    """One line on stderr."""
-    if sys.stderr:
-        print(f"library {verb}: {printable(text)}", file=sys.stderr)
-
-
-def do(args) -> int:
-    """Run a verb with arguments that were read; the exit code."""
-    check(args)
-    verb = import_module(f"library.{VERBS[args.verb][0]}")
-    import_module("model").tune_allocator()
-    code = getattr(verb, args.verb if args.verb in ("similar", "path") else "run")(args)
-    if sys.stdout:
-        sys.stdout.flush()
-    return code
-
-
 def main(argv=None) -> int:
-    """Read a command and run it; the exit code."""
+    """Run a verb; the exit code."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a notebook's stream, or none
             stream.reconfigure(errors="backslashreplace")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     try:
-        return do(args)
+        check(args)
+        verb = import_module(f"library.{VERBS[args.verb][0]}")
+        import_module("model").tune_allocator()
+        return getattr(verb, args.verb if args.verb in ("similar", "path") else "run")(args)
     except KeyboardInterrupt:
-        say(args.verb, "interrupted; all that is done is kept, the same command goes on")
+        print(
+            f"\nlibrary {args.verb}: interrupted; all that is done is kept, the same command goes "
+            "on",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:  # `| head`
-        give_up_output()
+        sys.stdout = None
         return 1
     except WrongCommand as error:
-        say(args.verb, f"error: {error}")
+        print(f"library {args.verb}: error: {printable(error)}", file=sys.stderr)
         return 2
     except (Stop, ValueError, OSError, RuntimeError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        say(args.verb, f"error: {text[0]}")
-        give_up_output()
+        print(f"library {args.verb}: error: {printable(text[0])}", file=sys.stderr)
         return 1

@@ -19,7 +19,7 @@ def demo_run(tmp_path_factory, run):
     data = folder / "data"
     out = folder / "run"
     short = ["--width", "0.0625", "--batch-size", 8, "--max-steps", 2]
-    quick = ["--seeds", 1, "--bootstrap", 20, "--epochs", 2]
+    quick = ["--seeds", 1, "--epochs", 2]
     for args in (
         ["prepare.py", "--data", "demo", "--out", data],
         ["pretrain.py", "--data", data, *short, "--out", out],

@@ -152,37 +152,11 @@ def test_evaluation_on_a_gpu(tmp_path, tiny_data, tiny_audio, on_a_gpu):
     model.save_encoder(tmp_path / "encoder.pt", encoder, sample_rate=22050, method="clmr", step=1)
 
     def run(args):
-        args = evaluate.build_parser().parse_args(args)
-        return evaluate.run(args, prepare.Clips(args.data), *model.load_encoder(args.ckpt), model)
-
-    few = ["--amp", "off", "--epochs", "1", "--min-steps", "2", "--bootstrap", "5"]
-    result, _ = on_a_gpu(
-        run,
-        [
-            "--ckpt",
-            tmp_path / "encoder.pt",
-            "--data",
-            tiny_data,
-            "--random",
-            "--supervised",
-            "--finetune",
-            *few,
-        ],
-    )
-    assert [r["model"] for r in result["results"]] == [
-        "clmr, 1 steps",
-        "untrained",
-        "supervised",
-        "fine-tuned",
-    ]
-    song = tiny_audio / "song 00.flac"
-    code, _ = on_a_gpu(
-        evaluate.main,
-        ["--ckpt", tmp_path / "encoder.pt", "--embed", song, "--out", tmp_path, "--amp", "off"],
-    )
-    assert code == 0
-    windows = prepare.decode(song).split(encoder.input_samples)[0][None, None]
-    with np.load(tmp_path / "song 00.flac.npz") as file:
-        assert np.allclose(
-            file["embedding"][:1], evaluate.embed(encoder, [windows]), rtol=1e-4, atol=1e-5
+        protocol = evaluate.Protocol(
+            amp="off", epochs=1, min_steps=2, seeds=1, random=True, supervised=True
         )
+        return evaluate.run(*model.load_encoder(args[0]), prepare.Clips(args[1]), protocol)
+
+    (record, *_), _ = on_a_gpu(run, [tmp_path / "encoder.pt", tiny_data])
+    models = [row["model"] for row in record["results"]]
+    assert models == ["clmr, 1 steps", "untrained", "supervised"]
