@@ -41,6 +41,15 @@ EXAMPLES = {
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default is shown, but for None and False, which say nothing."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def positive(text: str) -> int:
     """An integer above 0."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
@@ -80,8 +89,8 @@ def add_hearing(parser, what: str):
     add(
         "--amp",
         choices=["auto", "off", "bf16", "fp16"],
-        default="auto",
-        help="its precision; auto: the processor's",
+        default="off",
+        help="its precision; auto: half where the machine has it, for large networks",
     )
 
 
@@ -112,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=f"{text[0].upper()}{text[1:]}.",
             allow_abbrev=False,
             epilog=f"example: {EXAMPLES[verb]}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )
     add_index(made["index"])
     add_similar(made["similar"])
@@ -152,8 +161,8 @@ def add_index(parser):
     parser.add_argument(
         "--windows",
         choices=["ten", "all"],
-        default="ten",
-        help="ten, spread over the song, or all of it, kept one by one beside their mean",
+        help="ten, spread over the song, or all of it, kept one by one beside their mean "
+        "(default: as the store has it, at first ten)",
     )
     parser.add_argument(
         "--shard",
@@ -285,32 +294,48 @@ def check(args):
             )
 
 
+def give_up_output():
+    """Nobody reads on, or the disk behind the output is full: the rest goes nowhere."""
+    with contextlib.suppress(Exception):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(verb: str, text):
+    """One line on stderr."""
+    if sys.stderr:
+        print(f"library {verb}: {printable(text)}", file=sys.stderr)
+
+
+def do(args) -> int:
+    """Run a verb with arguments that were read; the exit code."""
+    check(args)
+    verb = import_module(f"library.{VERBS[args.verb][0]}")
+    import_module("model").tune_allocator()
+    code = getattr(verb, args.verb if args.verb in ("similar", "path") else "run")(args)
+    if sys.stdout:
+        sys.stdout.flush()
+    return code
+
+
 def main(argv=None) -> int:
-    """Run a verb; the exit code."""
+    """Read a command and run it; the exit code."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a notebook's stream, or none
             stream.reconfigure(errors="backslashreplace")
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
-        check(args)
-        verb = import_module(f"library.{VERBS[args.verb][0]}")
-        import_module("model").tune_allocator()
-        return getattr(verb, args.verb if args.verb in ("similar", "path") else "run")(args)
+        return do(args)
     except KeyboardInterrupt:
-        print(
-            f"\nlibrary {args.verb}: interrupted; all that is done is kept, the same command goes "
-            "on",
-            file=sys.stderr,
-        )
+        say(args.verb, "interrupted; all that is done is kept, the same command goes on")
         return 1
     except BrokenPipeError:  # `| head`
-        sys.stdout = None
+        give_up_output()
         return 1
     except WrongCommand as error:
-        print(f"library {args.verb}: error: {printable(error)}", file=sys.stderr)
+        say(args.verb, f"error: {error}")
         return 2
     except (Stop, ValueError, OSError, RuntimeError) as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"library {args.verb}: error: {printable(text[0])}", file=sys.stderr)
+        say(args.verb, f"error: {text[0]}")
+        give_up_output()
         return 1

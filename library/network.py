@@ -16,7 +16,6 @@ from library.terminal import Stop
 
 SHIPPED = Path(__file__).resolve().parent.parent / "demo"
 MOST = 2048  # numbers of levels that are taken
-DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -36,19 +35,21 @@ class Network:
     name: str
     dimensions: int
     batch: int = 16
+    amp: str = "off"
 
     @torch.inference_mode()
     def __call__(self, windows: np.ndarray) -> np.ndarray:
-        like = next(self.module.parameters())
-        rows = [
-            self.module(part[:, None].to(like.device, like.dtype)).float().cpu()
-            for part in torch.as_tensor(windows).split(self.batch)
-        ]
+        device = next(self.module.parameters()).device
+        with model.autocast(device, self.amp):
+            rows = [
+                self.module(part[:, None].to(device)).float().cpu()
+                for part in torch.as_tensor(windows).split(self.batch)
+            ]
         return torch.cat(rows).numpy()
 
 
 def load_network(
-    path=None, kind: str = "levels", device: str = "auto", amp: str = "auto"
+    path=None, kind: str = "levels", device: str = "auto", amp: str = "off"
 ) -> Network:
     """An encoder's or tagger's file as a Network.
 
@@ -81,7 +82,7 @@ def load_network(
     sha256 = model.weights_sha256(module)
     if path.suffix != ".ts":
         module, told, dimensions = for_inference(module, told)
-        module.to(where, DTYPE[model.choose_amp(where, amp)])
+        module.to(where)
     identity = hashlib.sha256(f"{sha256} {told}".encode()).hexdigest()
     tags = list(getattr(module, "tags", ()))
     return Network(
@@ -94,6 +95,7 @@ def load_network(
         str(path.resolve()),
         dimensions or len(tags),
         16 if where.type == "cpu" else 512,
+        "off" if path.suffix == ".ts" else model.choose_amp(where, amp),
     )
 
 
@@ -101,7 +103,7 @@ def for_inference(module: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, 
     """The module with its batch norms folded, what it gives, and how many numbers that is: levels
     only where they are not so many that how they go together can no longer be counted."""
     folded = model.fold_batch_norm(module)
-    if kind == "levels" and hasattr(module, "blocks") and hasattr(model, "Levels"):
+    if kind == "levels" and hasattr(module, "blocks"):
         levels = model.Levels(folded)
         if levels.out_dim <= MOST:
             return levels, kind, levels.out_dim

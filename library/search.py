@@ -6,6 +6,7 @@ little they change within a song (the inverse of the covariance of a song's wind
 mean, which costs no label). Of large collections the 256 directions are kept in which songs differ
 most. A song is then a unit vector, and a score a cosine."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -70,8 +71,10 @@ def products_of(query: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """Scores (q, N) float32 of unit vectors (N, d) float16 for queries (q, d): exact, in blocks
     that stay in the cache."""
     scores = torch.empty(len(query), len(unit))
+    full = torch.empty(ROWS, unit.shape[1])
     for start in range(0, len(unit), ROWS):
-        block = unit[start : start + ROWS].float()
+        part = unit[start : start + ROWS]
+        block = full[: len(part)].copy_(part)
         for row, one in zip(scores, query):
             torch.mv(block, one, out=row[start : start + ROWS])
     return scores
@@ -136,10 +139,13 @@ class Collection:
             for i in range(0, len(rows), 8192)
         ]
         unit = np.concatenate(blocks)
-        if key and os.access(kept.parent, os.W_OK):
-            np.save(kept.with_name("unit.partial.npy"), unit)
-            os.replace(kept.with_name("unit.partial.npy"), kept)
-            kept.with_suffix(".json").write_text(json.dumps({"key": key}))
+        if key:
+            with contextlib.suppress(
+                OSError
+            ):  # on a disk that is full or read-only it goes without
+                np.save(kept.with_name("unit.partial.npy"), unit)
+                os.replace(kept.with_name("unit.partial.npy"), kept)
+                kept.with_suffix(".json").write_text(json.dumps({"key": key}))
         return torch.from_numpy(unit)
 
     def key(self) -> str:

@@ -57,6 +57,7 @@ def progress(total: int | None, what: str) -> tqdm:
         unit="song",
         smoothing=0.1,
         dynamic_ncols=True,
+        disable=sys.stderr is None,
         mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 15,
     )
 

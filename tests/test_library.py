@@ -1,9 +1,14 @@
 """`library`: a store that survives what happens to disks, and searches that follow their rules."""
 
+import doctest
+import importlib
 import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -163,9 +168,7 @@ def test_the_vector_is_the_mean_of_the_encoder_over_windows_at_one_loudness(inde
     want = network(listen.equal_loudness(windows)).mean(0)
     store = Store.read(indexed / "library.clmr")
     got = store.vectors()[songs_of(indexed)["artist 1/song 5.flac"].row].astype(np.float32)
-    assert np.allclose(
-        got, want, rtol=0.05, atol=0.05 * np.abs(want).max()
-    )  # float16, perhaps of bfloat16
+    assert np.allclose(got, want, rtol=0.05, atol=0.05 * np.abs(want).max())  # float16
 
 
 def test_index_again_hears_nothing(capsys, home):
@@ -263,8 +266,6 @@ def test_a_decoder_that_crashes_costs_one_file_and_is_tried_again(capsys, home, 
 
 
 def test_a_decoder_that_hangs_is_given_up(capsys, home, monkeypatch):
-    import time
-
     soundfile.write(home / "music/slow.flac", song(30), RATE)
     monkeypatch.setattr(listen, "excerpts", lambda *args: time.sleep(60))
     assert "not decoded after 0.5 s" in index(capsys, home, "--timeout", 0.5)["failed"][0]["reason"]
@@ -664,6 +665,84 @@ def test_seeking_and_reading_hear_the_same_windows(tmp_path):
 def test_windows_are_spread_over_a_song():
     starts = listen.place(1000, 10, 10)
     assert starts.tolist() == sorted(starts) and starts[0] == 49 and starts[-1] == 940
+
+
+def test_a_song_of_three_hours_is_heard_in_ten_windows(capsys, home):
+    second = 0.3 * np.sin(2 * np.pi * 220 * np.arange(8000) / 8000)
+    with soundfile.SoundFile(home / "music/long.wav", "w", 8000, 1, subtype="PCM_U8") as file:
+        for _ in range(3 * 60):
+            file.write(np.tile(second, 60))
+    assert index(capsys, home)["new"] == 1
+    assert songs_of(home)["long.wav"].seconds == pytest.approx(3 * 3600)
+
+
+def test_a_kill_in_the_middle_costs_what_was_not_yet_written(capsys, encoder, tmp_path):
+    for i in range(8):
+        soundfile.write(tmp_path / f"{i}.flac", song(i), RATE)
+    store = tmp_path / "store"
+    command = ["index", tmp_path, "--library", store, "--ckpt", encoder, "--workers", 1]
+    code = "import sys, library.index as i; i.COMMIT = 0"
+    code += "; from library import cli; cli.main(sys.argv[1:])"
+    words = [sys.executable, "-W", "ignore", "-c", code, *map(str, command)]
+    running = subprocess.Popen(
+        words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while running.poll() is None and time.monotonic() < deadline:
+        vectors = store / "vectors.f16"
+        if vectors.exists() and vectors.stat().st_size:
+            break
+    running.kill()
+    running.wait()
+    said = as_json(capsys, *command)
+    assert said["songs"] == 8 and not said["failed"] and said["heard_again"] == 0
+    Store.read(store).close()
+
+
+def test_output_that_nobody_reads_and_full_disks_end_in_silence(run, indexed):
+    command = (
+        f"{sys.executable} -W ignore -m library similar '{indexed}/music/artist 1/song 1.flac'"
+    )
+    command += f" --library {indexed}/library.clmr"
+    for pipe in ("| head -1", ">&- 2>&-", "> /dev/full"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {pipe}"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_doctests_of_the_package():
+    for name in ("listen", "index", "search", "copies", "tags", "page", "terminal"):
+        module = importlib.import_module(f"library.{name}")
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed, name
+
+
+def test_all_verbs_on_the_demo_s_music_in_an_empty_home(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    os.mkdir("music")
+    names = sorted(os.listdir(ROOT / "demo/audio"))[::8]
+    for name in names:
+        shutil.copy(ROOT / "demo/audio" / name, "music")
+    first, last = (f"music/{name}" for name in (names[0], names[-1]))
+
+    def said(*words):
+        code, out, err = type_in(capsys, *words)
+        assert code == 0, err
+        return out
+
+    indexed = said("index", "music")
+    assert f"library.clmr: {len(names)} songs" in indexed
+    assert "next: python -m library similar" in indexed
+    assert "score" in said("similar", first, "--n", 5, "--m3u", "list.m3u8")
+    assert os.path.exists("list.m3u8")
+    assert len(json.loads(said("path", first, last, "--n", 5, "--json"))["songs"]) == 5
+    assert "recordings in several files" in said("duplicates")
+    assert "%" in said("tag", first)
+    assert "library.html" in said("map") and os.path.getsize("library.html") > 10_000
+    assert "files embedded" in said("embed", first)
+    assert os.path.exists(f"embeddings/{names[0]}.npz")
 
 
 def test_the_command_works_from_any_folder_by_its_path(run, tmp_path):

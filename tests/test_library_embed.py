@@ -258,6 +258,26 @@ def test_tag_over_time_is_a_picture(tagger, tiny_audio, tmp_path):
     assert (tmp_path / "song 02.flac.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_tagger_s_weights_say_what_its_torchscript_says(checkpoint, tagger, tiny_audio, capsys):
+    encoder, info = model.load_encoder(checkpoint)
+    torch.manual_seed(5)
+    head = torch.nn.Linear(encoder.out_dim, 3)
+    weights = checkpoint.parent / "tagger.pt"
+    tags = ["jazz", "slow", "loud"]
+    model.save_tagger(weights, encoder, head, tags, "multilabel", info["sample_rate"])
+    heard = []
+    for file in (tagger, weights):
+        song = str(tiny_audio / "song 02.flac")
+        assert cli.main(["tag", song, "--ckpt", str(file), "--json"]) == 0
+        heard.append(json.loads(capsys.readouterr().out)["songs"][0]["tags"])
+    assert heard[0] == pytest.approx(heard[1], abs=1e-3)
+
+
+def test_an_encoder_is_refused_by_tag(checkpoint, tiny_audio, capsys):
+    assert cli.main(["tag", str(tiny_audio / "song 01.flac"), "--ckpt", str(checkpoint)]) == 1
+    assert "tagger.pt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, code, words",
     [
@@ -265,7 +285,7 @@ def test_tag_over_time_is_a_picture(tagger, tiny_audio, tmp_path):
         (["embed", __file__, "--hop", "inf"], 2, "seconds, above 0"),
         (["embed", "nowhere.mp3"], 2, "no such file"),
         (["embed", __file__, "--ckpt", "nowhere.pt"], 2, "no such file"),
-        (["embed", __file__, "--ckpt", __file__], 1, "cannot be read as a checkpoint"),
+        (["embed", __file__, "--ckpt", __file__], 1, "cannot be read"),
         (["tag", str(ROOT / "tests"), "--plot"], 1, "found none"),
         (["embed", __file__, "--workers", "0"], 2, "whole number above 0"),
         (["frobnicate"], 2, "invalid choice"),
