@@ -2,8 +2,8 @@
 
     python bench/library.py recognition --root MOODS/audio --out results/library/recognition.json
     python bench/library.py windows --root MUSIC --files 100 --out results/library/windows.json
-    python bench/library.py speed --root MUSIC --bliss VENV/bin/python --out
-    results/library/speed.json python bench/library.py search --out results/library/search.json
+    python bench/library.py speed --root MUSIC --out results/library/speed.json [--bliss PYTHON]
+    python bench/library.py search --out results/library/search.json
 
 recognition: of 200 songs another version is made (a 10-second excerpt; 6 dB softer; 6 dB louder and
 cut at full scale; a 64 kbit/s mp3; a semitone higher; 5 % faster; by sox) and heard; how many are

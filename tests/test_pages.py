@@ -1,5 +1,6 @@
 """The pages people read: their commands parse, their tables are the results, their Python runs."""
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -22,7 +23,7 @@ PAGES = [
     for name in ("README.md", "results/README.md", "splits/README.md", "demo/MODEL_CARD.md")
     if (ROOT / name).exists()
 ]
-FOLDERS = ("library", "splits", "results", "bench", "demo")
+FOLDERS = ("library", "training", "splits", "results", "bench", "demo")
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:python3?|torchrun(?: --\S+)*) (-m library|[\w/]+\.py)\b(.*)"
 )
@@ -66,6 +67,23 @@ def commands():
             yield where, found[1], shlex.split(optional, comments=True)
 
 
+def parser_inside(main):
+    """The parser that a main() without build_parser() makes."""
+
+    class Caught(Exception):
+        pass
+
+    def catch(parser, args=None, namespace=None):
+        raise Caught(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script"])
+        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        with pytest.raises(Caught) as caught:
+            main()
+    return caught.value.args[0]
+
+
 @cache
 def parser_of(script):
     """The parser of a script of ours; None where its folder is not in the repository."""
@@ -83,7 +101,7 @@ def parser_of(script):
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    return module.build_parser()
+    return module.build_parser() if hasattr(module, "build_parser") else parser_inside(module.main)
 
 
 ALL = list(dict.fromkeys((where, script, tuple(args)) for where, script, args in commands()))
