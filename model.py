@@ -389,8 +389,7 @@ def synchronise(module: nn.Module, device) -> nn.Module:
     return module
 
 def fold_batch_norm(encoder: nn.Module) -> nn.Module:
-    """A copy for inference with the batch norm of every Block folded into the convolution before
-    it.
+    """A copy for inference, every Block's batch norm folded into the convolution before it.
 
     Float64 arithmetic keeps the outputs within 1e-6 of the unfolded encoder's."""
     dtype = next(encoder.parameters()).dtype
@@ -429,7 +428,7 @@ def read_checkpoint(path) -> dict:
         content = files.read(path) if files else torch.load(path, "cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
-        return content
+        return dict(content)
     except Exception as error:  # of a dozen types, for one fact: this is no file of ours
         raise ValueError(f"{path} cannot be read: {first_line(error)[:150]}; expected an "
                          "encoder.pt, or a checkpoint of the authors") from None
@@ -462,7 +461,7 @@ def load_encoder(path) -> tuple[nn.Module, dict]:
         state = _authors_state(content.get("state_dict", content))
         if state is None:
             found = ", ".join(repr(key)[:40] for key in list(content)[:4])
-            raise ValueError(f"is no encoder file: expected format {FORMAT!r} or the authors' "
+            raise ValueError(f"no encoder file: expected format {FORMAT!r} or the authors' "
                              f"encoder.* keys, found {found}; give runs/NAME/encoder.pt "
                              "(checkpoint.pt is for continuing a run)")
         # they hold no sample rate: all that were released were trained at the paper's
@@ -476,10 +475,9 @@ def save_tagger(path, encoder: nn.Module, head: nn.Module, tags, task: str, samp
 
     Args:
         encoder: as built here, or its Levels.
-        head: linear layers (B, D) -> (B, K) of logits, ReLU between them. What calibrates them, a
-            scale and an offset a tag, belongs into the last one. tags, task: names of the K
-            outputs in order; multilabel or singlelabel.
-        sample_rate: of the audio it expects, in Hz. info: further plain values."""
+        head: linear layers (B, D) -> (B, K) of logits, ReLU between them. What calibrates them,
+            a scale and an offset a tag, belongs into the last one.
+        tags, task, sample_rate: as in `export_torchscript`. info: further plain values."""
     levels = isinstance(encoder, Levels)
     encoder = encoder.encoder if levels else encoder
     layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
@@ -489,25 +487,34 @@ def save_tagger(path, encoder: nn.Module, head: nn.Module, tags, task: str, samp
                           "tags": list(tags), "task": task, "sample_rate": sample_rate, **info})
 
 def load_tagger(path) -> tuple[nn.Module, dict]:
-    """Read tagger.pt -> Exported in eval mode, which gives probabilities, and the info it was
-    saved with.
+    """Read tagger.pt -> Exported, which gives probabilities, in eval mode, and the file's info.
 
     Raises: FileNotFoundError; ValueError as `load_encoder`."""
     content = read_checkpoint(path)
     with _one_line(path):
         if content.get("format") != TAGGER:
-            raise ValueError(f"is no tagger: expected format {TAGGER!r}; give a tagger.pt")
+            raise ValueError(f"no tagger: expected format {TAGGER!r}; give a tagger.pt")
         weights = content.pop("head")
         encoder, info = _built(content)
+        if not info["sample_rate"]:
+            raise ValueError("damaged, or made by hand: it has no sample rate")
         encoder = Levels(encoder) if info["levels"] else encoder
-        layers = []
-        for layer in weights:
-            layers += [nn.Linear(*layer["weight"].shape[::-1], device="meta"), nn.ReLU()]
-            _check_weights(layer, layers[-2].state_dict(), "the head")
-            layers[-2].load_state_dict(layer, assign=True)
-        head = nn.Sequential(*layers[:-1])
+        head = _linear_layers(weights, encoder.out_dim)
         exported = _engine("exports").Exported
         return exported(encoder, info["sample_rate"], head, info["tags"], info["task"]).eval(), info
+
+def _linear_layers(weights, dimensions):
+    layers = []
+    for layer in weights:
+        outputs, inputs = layer["weight"].shape
+        if inputs != dimensions:
+            raise ValueError(f"the head takes {inputs} numbers, its encoder gives {dimensions}")
+        linear = nn.Linear(inputs, outputs, device="meta")
+        _check_weights(layer, linear.state_dict(), "the head")
+        linear.load_state_dict(layer, assign=True)
+        layers += [linear, nn.ReLU()]
+        dimensions = outputs
+    return nn.Sequential(*layers[:-1])
 
 @contextlib.contextmanager
 def _one_line(path):
@@ -515,42 +522,29 @@ def _one_line(path):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path} {first_line(error)[:300]}") from None
+        text = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{path}: {text[:300]}") from None
 
 def _built(content):
-    """The encoder of a file's content, and the rest of it. Nothing large is made before all
-    fits."""
+    """The encoder of a file's content, and the rest of it; nothing large before all fits."""
     state = content.pop("state")
     sha256 = content.pop("weights_sha256", None)  # older files have none
-    for key in ("sample_rate", "step", "method", "data", "fingerprint", "task"):
-        kind = int if key in ("sample_rate", "step") else str
-        if not isinstance(content.get(key), (kind, type(None))):
-            raise ValueError(f"is damaged or made by hand: {key} is no {kind.__name__}")
     with torch.device("meta"):
         wanted = build_encoder(content["encoder"], **content["sizes"]).state_dict()
     _check_weights(state, wanted, f"{content['encoder']} {content['sizes']}")
     encoder = build_encoder(content["encoder"], **content["sizes"])
     encoder.load_state_dict(state)
     if sha256 not in (None, weights_sha256(encoder)):
-        raise ValueError("is damaged: its weights are not those that were saved")
+        raise ValueError("damaged: its weights are not those that were saved")
     return encoder.eval(), {**content, **_identity(encoder)}
+
+def _check_weights(state, wanted, what):
+    if files := load_kernels("kernels.files"):
+        files.check_weights(state, wanted, what)
 
 def _identity(encoder):
     return {"encoder": encoder.name, "sizes": dict(encoder.sizes), "out_dim": encoder.out_dim,
             "input_samples": encoder.input_samples}
-
-def _check_weights(state, wanted, what):
-    missing = sorted(set(wanted) - set(state))
-    unexpected = sorted(set(state) - set(wanted))
-    if missing or unexpected:
-        raise ValueError(f"does not fit {what}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    for key, value in wanted.items():
-        found = state[key]
-        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
-            raise ValueError(f"does not fit {what}: {key} is {tuple(found.shape)} of "
-                             f"{found.dtype}, expected {tuple(value.shape)} of {value.dtype}")
-        if found.untyped_storage().nbytes() < found.nbytes or not found.isfinite().all():
-            raise ValueError(f"is damaged: {key} is not all numbers")
 
 def _authors_state(state):
     """The authors' names -> ours, or None. Blocks are `sequential.I` (0..10) or, in the oldest
@@ -578,24 +572,21 @@ def export_torchscript(encoder: nn.Module, path, sample_rate: int, head: nn.Modu
     Args:
         encoder: as built or loaded here, or its Levels; batch norms are folded in a copy.
         sample_rate: of the audio it expects, in Hz.
-        head: optional module (B, D) -> (B, K) of logits; then also tags, the names of the K outputs
-            in order, and task: multilabel or singlelabel.
-        info: further entries of the sidecar.
-    Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded) at
-        two lengths and two batch sizes, relative to the output's scale.
-    Raises: RuntimeError if that is above 1e-4: do not use the file; ValueError for a head without
-        its task, or with another number of outputs than tags."""
+        head: optional module (B, D) -> (B, K) of logits; with it tags, the names of its outputs in
+            order, and task: multilabel or singlelabel. info: further entries of the sidecar.
+    Returns: the sidecar. `max_difference` is the largest absolute difference to eager (unfolded)
+        at two lengths and two batch sizes, relative to the output's scale.
+    Raises: ValueError if that is above 1e-4 (do not use the file), or tags or task do not fit."""
     return _export("torchscript", path, info, encoder, sample_rate, head, tags, task)
 
 def export_program(encoder: nn.Module, path, sample_rate: int, info: dict = None) -> dict:
-    """The same as encoder.pt2, a torch.export program `(B, 1, input_samples) -> (B, D)` for any
-    B."""
+    """The same as a torch.export program, `(B, 1, input_samples) -> (B, D)` for any B."""
     return _export("program", path, info, encoder, sample_rate)
 
 def export_onnx(encoder: nn.Module, path, sample_rate: int, head: nn.Module = None, tags=(),
                 task: str = "none", info: dict = None) -> dict:
-    """The same as ONNX, `audio (B, 1, input_samples) -> features (B, D)`, or probabilities (B,
-    K), for any B. It needs the packages onnx and onnxscript, and onnxruntime to compare."""
+    """The same as ONNX, `audio (B, 1, input_samples) -> features (B, D)`, or (B, K), for any B. It
+    needs the packages onnx and onnxscript, and onnxruntime to compare."""
     return _export("onnx", path, info, encoder, sample_rate, head, tags, task)
 
 def _export(kind, path, info, *parts):
@@ -624,8 +615,7 @@ def __getattr__(name):
 
 def write_atomically(path, data: bytes):
     """Write `data` under a temporary name in the same folder, flush it to the disk, then move it
-    into
-    place: a reader sees the old file or the new one, whatever happens in between."""
+    into place: a reader sees the old file or the new one, whatever happens in between."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")  # always the same: the next write removes it
@@ -649,26 +639,6 @@ def first_line(error: BaseException) -> str:
 
 # --- program: it needs no sibling
 
-def table(encoder: nn.Module) -> str:
-    """One line per layer with its output shape and parameters, for one window."""
-    encoder = copy.deepcopy(encoder).eval()
-    lines = []
-
-    def note(name, layer, _, out):
-        shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
-        parameters = sum(p.numel() for p in layer.parameters())
-        lines.append(f"{name:14s} {type(layer).__name__:12s} {str(shape):24s} {parameters:>12,d}")
-
-    for name, layer in encoder.named_modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(functools.partial(note, name))
-    with torch.no_grad():
-        encoder(torch.zeros(1, 1, encoder.input_samples))
-    total = sum(p.numel() for p in encoder.parameters())
-    lines.append(f"{encoder.name}: (B, 1, {encoder.input_samples}) -> (B, {encoder.out_dim}), "
-                 f"{total:,d} parameters")
-    return "\n".join(lines)
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="model.py", description="Print an encoder layer by layer, or export one.",
@@ -688,23 +658,19 @@ def load_any(path):
     if read_checkpoint(path).get("format") == TAGGER:
         return load_tagger(path)[0]
     encoder, info = load_encoder(path)
-    if info["sample_rate"] is None:
-        raise ValueError(f"{path} does not say its sample rate (an authors' checkpoint): export it "
-                         f"by evaluate.py --ckpt {path} --data NAME")
-    return _engine("exports").Exported(encoder, info["sample_rate"])
+    return _engine("exports").Exported(encoder, info["sample_rate"] or 0)
 
 def export_all(module, out: Path, with_onnx: bool):
     """Write every export of an encoder or a tagger, a line each."""
-    name = "encoder" if module.task == "none" else "tagger"
-    head = None if name == "encoder" else module.head
-    parts = (module.encoder, module.sample_rate, head, module.tags, module.task)
-    kinds = {"ts": "torchscript", "onnx": "onnx", "pt2": "program"}
+    plain = module.task == "none"
+    name = "encoder" if plain else "tagger"
+    kinds = {"ts": "torchscript", "pt2": "program" if plain else "", "onnx": "onnx" * with_onnx}
+    parts = (module.encoder, module.sample_rate, None if plain else module.head, module.tags)
     for suffix, kind in kinds.items():
-        if (suffix == "onnx" and not with_onnx) or (suffix == "pt2" and name == "tagger"):
-            continue
-        path = out / f"{name}.{suffix}"
-        difference = _export(kind, path, None, *parts)["max_difference"]
-        print(f"{path}: largest difference to eager {difference}")
+        if kind:
+            path = out / f"{name}.{suffix}"
+            sidecar = _export(kind, path, None, *parts, module.task)
+            print(f"{path}: largest difference to eager {sidecar['max_difference']}")
 
 def main(argv=None) -> int:
     parser = build_parser()
@@ -716,13 +682,14 @@ def main(argv=None) -> int:
     if args.ckpt and not Path(args.ckpt).exists():
         parser.error(f"{args.ckpt}: no such file")
     try:
-        if not args.ckpt:
-            print(table(build_encoder(args.encoder, width=args.width)))
-            return 0
+        module = load_any(args.ckpt) if args.ckpt else None
+        encoder = module.encoder if module else build_encoder(args.encoder, width=args.width)
+        print(_engine("exports").table(encoder))
+        if args.out and not module.sample_rate:
+            raise ValueError(f"{args.ckpt} does not say its sample rate (an authors' checkpoint): "
+                             f"export it by evaluate.py --ckpt {args.ckpt} --data NAME")
         if args.out:
-            export_all(load_any(args.ckpt), Path(args.out), args.onnx)
-        else:
-            print(table(load_encoder(args.ckpt)[0]))
+            export_all(module, Path(args.out), args.onnx)
         return 0
     except (ValueError, OSError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ torch are called, and how one finds out that what they wrote is right. model.exp
 export_program and export_onnx hand in the module, what describes it, and how a file is written.
 """
 import copy
+import functools
 import importlib
 import io
 import json
@@ -42,6 +43,8 @@ class Exported(nn.Module):
         self.input_samples = int(encoder.input_samples)
         if head is not None:
             layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+            if not layers:
+                raise ValueError("the head has no layer")
             outputs = layers[-1].out_features
             if task not in ("multilabel", "singlelabel") or len(self.tags) != outputs:
                 raise ValueError(f"a head of {outputs} outputs needs as many tags, and the task "
@@ -82,7 +85,7 @@ class Exported(nn.Module):
         return self.frames(audio, self.input_samples).mean(1)  # (B, n, D) -> (B, D)
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """A file that was written does not give what the module gives, or cannot be written here."""
 
 
@@ -126,17 +129,25 @@ def onnx(module: nn.Module, path: Path, sidecar: str, save: Callable) -> list:
     """Write one window's rows, `audio (B, 1, input_samples) -> features (B, D)`, for any B, as
     ONNX; the sidecar is its metadata `sidecar`. It is compared where onnxruntime is installed, at
     two batch sizes."""
-    for package in ("onnx", "onnxscript"):
-        needed(package, "to write ONNX")
+    library = needed("onnx", "to write ONNX")
     audio = noise(3, module.input_samples)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages that are not needed
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter about its own ways
-        any_batch = ({0: torch.export.Dim("batch")},)
-        written = torch.onnx.export(Window(module), (audio[:2],), dynamo=True, verbose=False,
-                                    input_names=["audio"], output_names=["features"],
-                                    dynamic_shapes=any_batch)
-    proto = written.model_proto
+        warnings.simplefilter("ignore")  # of the exporters about their own ways
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+            # torch.export takes minutes over each step of it; the older exporter a second
+            buffer = io.BytesIO()
+            names = {"audio": {0: "batch"}, "features": {0: "batch"}}
+            torch.onnx.export(Window(module), (audio[:2],), buffer, dynamo=False,
+                              input_names=["audio"], output_names=["features"], dynamic_axes=names)
+            proto = library.load_from_string(buffer.getvalue())
+        else:
+            needed("onnxscript", "to write ONNX")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages not needed
+            any_batch = ({0: torch.export.Dim("batch")},)
+            written = torch.onnx.export(Window(module), (audio[:2],), dynamo=True, verbose=False,
+                                        input_names=["audio"], output_names=["features"],
+                                        dynamic_shapes=any_batch)
+            proto = written.model_proto
     proto.metadata_props.add(key="sidecar", value=sidecar)
     save(path, proto.SerializeToString())
     try:
@@ -195,3 +206,24 @@ def write(kind: str, module: Exported, folded: Exported, path: Path, info: dict,
     text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
     save(f"{path}.json", text.encode())
     return sidecar
+
+
+def table(encoder: nn.Module) -> str:
+    """One line per layer with its output shape and parameters, for one window."""
+    encoder = copy.deepcopy(encoder).eval()
+    lines = []
+
+    def note(name, layer, _, out):
+        shape = tuple((out[0] if isinstance(out, tuple) else out).shape)
+        parameters = sum(p.numel() for p in layer.parameters())
+        lines.append(f"{name:14s} {type(layer).__name__:12s} {str(shape):24s} {parameters:>12,d}")
+
+    for name, layer in encoder.named_modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(functools.partial(note, name))
+    with torch.no_grad():
+        encoder(torch.zeros(1, 1, encoder.input_samples))
+    total = sum(p.numel() for p in encoder.parameters())
+    lines.append(f"{encoder.name}: (B, 1, {encoder.input_samples}) -> (B, {encoder.out_dim}), "
+                 f"{total:,d} parameters")
+    return "\n".join(lines)

@@ -29,6 +29,11 @@ def check_archive(path):
         raise ValueError(f"it is damaged at {damaged}")
 
 
+KINDS = {"encoder": str, "sizes": dict, "sample_rate": int, "step": int, "method": str,
+         "fingerprint": str, "task": str, "tags": list, "levels": bool,
+         "head": list}
+
+
 class _Inert(dict):
     """Stands in for any class that a file names: takes what it is given and does nothing."""
 
@@ -56,6 +61,37 @@ class _PlainPickle:
             return type("Inert", (_Inert,), {})
 
 
+def check_info(content: dict):
+    """Are the entries beside the weights of the kind that programs count on?
+
+    Raises: ValueError. Text that would move a terminal's cursor is refused."""
+    for key, value in content.items():
+        kind = KINDS.get(key)
+        if kind and not isinstance(value, (kind, type(None))):
+            raise ValueError(f"damaged, or made by hand: {key} is no {kind.__name__}")
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+            raise ValueError(f"damaged, or made by hand: {key} holds control characters")
+
+
+def check_weights(state: dict, wanted: dict, what: str):
+    """Are the weights of a file those of a network, whole, and numbers?
+
+    Args: wanted: the network's state, for names, shapes and types alone (it may be on "meta").
+    Raises: ValueError. A tensor that claims to be larger than what the file holds is refused."""
+    missing = sorted(set(wanted) - set(state))
+    unexpected = sorted(set(state) - set(wanted))
+    if missing or unexpected:
+        raise ValueError(f"does not fit {what}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for key, value in wanted.items():
+        found = state[key]
+        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+            raise ValueError(f"does not fit {what}: {key} is {tuple(found.shape)} of "
+                             f"{found.dtype}, expected {tuple(value.shape)} of {value.dtype}")
+        if found.untyped_storage().nbytes() < found.nbytes or not found.isfinite().all():
+            raise ValueError(f"damaged: {key} is not all numbers")
+
+
 def read(path):
     """What a file of torch.save holds: tensors, numbers, strings, lists and dicts, on the CPU.
 
@@ -64,4 +100,7 @@ def read(path):
     with zipfile.ZipFile(path) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise ValueError("it is TorchScript, a program")
-    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PlainPickle)
+    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PlainPickle)
+    if isinstance(content, dict):
+        check_info(content)
+    return content

@@ -2,7 +2,6 @@
 a process of their own."""
 
 import argparse
-import copy
 import json
 import math
 import subprocess
@@ -126,17 +125,6 @@ def test_checkpoints_of_the_authors_load_and_give_their_outputs(tmp_path, form):
         want, got = theirs(audio), encoder(audio)
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-5 * want.abs().max())
     assert want.abs().max() > 0.1 and info["step"] == (7 if form == "lightning" else 0)
-
-
-def test_a_foreign_pickle_runs_no_code(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
-
-    torch.save({"state_dict": {}, "x": Attack()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match="no encoder file"):
-        model.load_encoder(tmp_path / "bad.pt")
-    assert not (tmp_path / "owned").exists()
 
 
 def test_folding_the_batch_norm_changes_nothing():
