@@ -27,6 +27,7 @@ import functools
 import hashlib
 import importlib
 import io
+import math
 import os
 import re
 import sys
@@ -211,10 +212,10 @@ def mel_filters(bands: int, window: int, top_hz: float, low_hz: float = 30.0) ->
     >>> mel_filters(96, 1024, 11_025.0).shape
     torch.Size([513, 96])
     """
-    limits = torch.tensor([low_hz, top_hz], dtype=torch.float64)
-    above = 15 + 27 * (limits / 1000).log() / torch.tensor(6.4, dtype=torch.float64).log()
-    mel = torch.where(limits < 1000, limits * (3 / 200), above)
-    mel = torch.linspace(float(mel[0]), float(mel[1]), bands + 2, dtype=torch.float64)
+    def to_mel(hz):
+        return 15 + 27 * math.log(hz / 1000, 6.4) if hz >= 1000 else hz * (3 / 200)
+
+    mel = torch.linspace(to_mel(low_hz), to_mel(top_hz), bands + 2, dtype=torch.float64)
     corners = torch.where(mel < 15, mel * (200 / 3), 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz
     low, middle, high = corners[:-2], corners[1:-1], corners[2:]
     hz = torch.linspace(0, top_hz, window // 2 + 1, dtype=torch.float64)[:, None]
