@@ -8,7 +8,8 @@ prepare's decoder (mono, 22,050 Hz, int16, sha256) against ffmpeg writing a wav 
 released CLMR code does) and against plain soundfile + torchaudio resampling. Three sets are made
 from the first --files recordings below --root: as they are, as 16 kHz mono mp3 (MagnaTagATune's
 form) and as 44.1 kHz stereo mp3 (FMA's and the Million Song Dataset's).
-Memory: the peak of a whole run over 1,000 and over 100,000 clips of 50 ms.
+Memory: the peak of a whole run over 1,000 and over 100,000 clips of 50 ms, and by how much a worker
+grows on three hours of stereo FLAC.
 Crops: 96 random crops of 59,049 samples at a time from the memory map against reading the same
 bytes with pread, with the file in the page cache and dropped from it.
 """
@@ -38,14 +39,14 @@ import common
 ROOT = common.ROOT
 sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
-from splits import published  # noqa: E402
+from splits import tables as split_tables  # noqa: E402
+from splits import writing  # noqa: E402
 
 
 def ours(path):
-    x, _ = prepare.load(path, prepare.SAMPLE_RATE)
-    prepare.hashlib.sha256(
-        (x * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
-    ).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        job = writing.Job(str(path), prepare.SAMPLE_RATE, None, f"{folder}/samples")
+        writing.convert(job, prepare.stream)
 
 
 def plain(path):
@@ -119,14 +120,25 @@ folder, count = pathlib.Path({out!r}).parent, itertools.count(1)
 def peak():  # MiB, of this process alone
     status = open("/proc/self/status")
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) // 1024
-def load(path, rate):
+def stream(path, rate, survey):
     if next(count) % 200 == 0:
         (folder / f"worker-{{os.getpid()}}").write_text(str(peak()))
-    return prepare.load(path, rate)
+    yield from prepare.stream(path, rate, survey)
 clips = [prepare.Clip(f"clip {{i}}", prepare.Path({wav!r}), tags=("a",)) for i in range({n})]
-listing = prepare.Listing(clips, "multilabel", [chr(97 + k) for k in range(26)])
-prepare.write(listing, {out!r}, workers=2, progress=False, load=load)
+listing = prepare.Listing(clips, task="multilabel", tags=[chr(97 + k) for k in range(26)])
+prepare.write(listing, {out!r}, prepare.Options(workers=2, progress=False, stream=stream))
 print(peak(), max(int(path.read_text()) for path in folder.glob("worker-*")))
+"""
+
+
+LONG = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import prepare
+from splits import writing
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+writing.convert(writing.Job({path!r}, prepare.SAMPLE_RATE, None, {out!r}), prepare.stream)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
@@ -149,6 +161,16 @@ def memory(folder):
             "largest_worker_mib": int(worker),
             "seconds": round(time.perf_counter() - start, 1),
         }
+    with soundfile.SoundFile(folder / "long.flac", "w", 44100, 2) as file:
+        for _ in range(180):
+            file.write(np.zeros((60 * 44100, 2), np.int16))
+    script = LONG.format(
+        root=str(ROOT), path=str(folder / "long.flac"), out=str(folder / "samples")
+    )
+    grown = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    result["three_hours_of_stereo_flac_mib"] = int(grown)
     result["bytes_per_clip"] = round(
         (result["100000_clips"]["parent_mib"] - result["1000_clips"]["parent_mib"]) * 2**20 / 99_000
     )
@@ -205,7 +227,7 @@ def crops(folder, rounds, batch=96, n=59049, batches=12):
 def tables(folder, scratch):
     """The published counts on MagnaTagATune's real tables, over empty files in place of the mp3s.
     """
-    rows, _ = prepare.read_table(Path(folder, "annotations_final.csv"))
+    rows, _ = split_tables.read_table(Path(folder, "annotations_final.csv"))
     for row in rows:
         path = scratch / row["mp3_path"]
         path.parent.mkdir(exist_ok=True)
@@ -218,7 +240,7 @@ def tables(folder, scratch):
             (scratch / name).write_bytes(file.read())
     result = {}
     for split in ("all", "labelled"):
-        listing = published.read_mtat(scratch, split)
+        listing = prepare.DATASETS["mtat"](scratch, split=split)
         count = Counter(clip.split for clip in listing if clip.id not in listing.broken)
         result[split] = {
             "train_valid_test": [count[name] for name in prepare.SPLITS],
