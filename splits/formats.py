@@ -224,8 +224,8 @@ def _by_av(file, refusal):
         with av.logging.Capture() as said, contextlib.ExitStack() as stack:
             box = stack.enter_context(av.open(file, options=AV_OPTIONS, metadata_errors="replace"))
             stream = box.streams.best("audio")
-            if stream is None:
-                raise ValueError("there is no audio in it")
+            if stream is None or stream.codec_context is None:
+                raise ValueError("there is no audio in it that can be decoded")
             rate = stream.codec_context.sample_rate or 1
             stream.codec_context.options = {"err_detect": "crccheck"}
             for rate, block in _frames(box.decode(stream)):
