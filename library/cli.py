@@ -168,7 +168,8 @@ def add_index(parser):
         "--shard",
         type=shard,
         metavar="I/N",
-        help="only part I of N, on one of N machines, each with a --library of its own",
+        help="only part I of N, on one of N machines, each with a --library of its own (in an "
+        "array job I is $SLURM_ARRAY_TASK_ID); every other verb takes them all: --library A B",
     )
     parser.add_argument(
         "--retry",

@@ -67,11 +67,61 @@ def by_seeking(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarra
                 block = file.read(span, dtype="float32", always_2d=True)
                 if len(block) < span:
                     raise Unseekable
-                mono = torch.from_numpy(block.mean(1))
+                mono = torch.from_numpy(
+                    block @ np.full(block.shape[1], 1 / block.shape[1], np.float32)
+                )
                 row[:] = prepare.resample(mono, rate, sample_rate)[:size]
             return windows, file.frames / rate
     except (soundfile.SoundFileError, RuntimeError, OverflowError):
         raise Unseekable from None
+
+
+def by_seeking_with_ffmpeg(
+    path, sample_rate: int, size: int, count: int
+) -> tuple[np.ndarray, float]:
+    """As `by_seeking`, of containers that libsndfile does not read (m4a, wma, webm, ...)."""
+    try:
+        import av
+
+        with open(path, "rb") as raw, av.open(raw) as container:
+            sound = container.streams.audio[0]
+            seconds = float((sound.duration or 0) * sound.time_base)
+            seconds = seconds or (container.duration or 0) / av.time_base
+            if seconds * sample_rate < 2 * count * size or sound.rate not in RATES:
+                raise Unseekable
+            windows = np.empty((count, size), np.float32)
+            span = math.ceil(size * sound.rate / sample_rate) + 1
+            starts = place(round(seconds * sound.rate), span, count)
+            for row, start in zip(windows, starts):
+                mono = torch.from_numpy(part_with_ffmpeg(container, sound, int(start), span))
+                row[:] = prepare.resample(mono, sound.rate, sample_rate)[:size]
+            return windows, seconds
+    except Exception:  # ffmpeg's errors are of many types: prepare.py reads it in order and judges
+        raise Unseekable from None
+
+
+def part_with_ffmpeg(container, sound, start: int, span: int) -> np.ndarray:
+    """Samples (span,) from `start` on of an open file's stream `sound`, the mean of channels."""
+    import av
+
+    # A little earlier, for a codec's first frame after a seek is not yet right.
+    early = max(0.0, start / sound.rate - 0.2)
+    container.seek(int(early / sound.time_base), stream=sound)
+    plain = av.AudioResampler(format="fltp", layout=sound.layout, rate=sound.rate)
+    parts: list[np.ndarray] = []
+    missing = span
+    for frame in container.decode(sound):
+        first = round(float(frame.pts * sound.time_base) * sound.rate)
+        for converted in plain.resample(frame):
+            x = converted.to_ndarray()  # (channels, n)
+            if not parts and first > start:
+                raise Unseekable
+            mono = x.mean(0)[max(0, start - first) :][:missing]
+            parts += [mono] if len(mono) else []
+            missing -= len(mono)
+        if missing <= 0:
+            return np.concatenate(parts)
+    raise Unseekable
 
 
 def stated_length(path) -> float:
@@ -117,10 +167,10 @@ def pick(
 def excerpts(path, sample_rate: int, size: int, count: int) -> tuple[np.ndarray, float]:
     """`count` windows (n, size) spread over a song, decoded without the rest where its container
     can seek, and its seconds. Raises what `prepare.decode` raises."""
-    try:
-        windows, seconds = by_seeking(path, sample_rate, size, count)
-    except Unseekable:
-        windows, seconds = by_reading(path, sample_rate, size, count)
+    for way in (by_seeking, by_seeking_with_ffmpeg, by_reading):
+        with contextlib.suppress(Unseekable):
+            windows, seconds = way(path, sample_rate, size, count)
+            break
     if not np.isfinite(windows).all():
         raise ValueError(f"{path}: samples that are NaN or infinite")
     return windows, seconds

@@ -15,11 +15,12 @@ import torch
 
 from library.search import Collection
 from library.store import Song
-from library.terminal import Stop, printable
+from library.terminal import Stop, print_json, printable
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = 4000  # songs that t-SNE places itself
 COMPONENTS = 50  # of the principal component analysis before it
+MOST = 50_000  # songs of a page
 NEIGHBOURS = 10  # shown of each song
 
 
@@ -136,13 +137,17 @@ def run(args) -> int:
 
     collection = Collection(args.library)
     tags = heard_tags(args.tags) if args.tags else {}
-    places = layout(collection.unit, args.seed)
-    near = neighbours(collection.unit, NEIGHBOURS)
-    html = page(collection.songs, places, near, tags)
+    total = len(collection.songs)
+    shown = np.linspace(0, total - 1, min(total, MOST)).astype(int)
+    unit = collection.unit[shown]
+    songs = [collection.songs[k] for k in shown]
+    html = page(songs, layout(unit, args.seed), neighbours(unit, NEIGHBOURS), tags)
     model.write_atomically(args.out, html.encode())
     if args.json:
-        print(json.dumps({"songs": len(collection.songs), "page": os.fspath(args.out)}))
+        print_json({"songs": len(songs), "of": total, "page": os.fspath(args.out)})
         return 0
-    print(f"{printable(args.out)}: {len(collection.songs):,} songs, {len(html) / 1e6:.1f} MB")
+    print(f"{printable(args.out)}: {len(songs):,} songs, {len(html) / 1e6:.1f} MB")
+    if total > MOST:
+        print(f"a page holds {MOST:,} songs: these are spread evenly over the {total:,} there are")
     print(f"next: open {url(os.fsencode(os.path.abspath(args.out)))} in a browser")
     return 0

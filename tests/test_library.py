@@ -662,6 +662,41 @@ def test_seeking_and_reading_hear_the_same_windows(tmp_path):
     )
 
 
+def test_a_container_that_libsndfile_does_not_read_is_sought_as_well(tmp_path):
+    t = np.arange(90 * 44100) / 44100
+    x = 0.4 * np.sin(2 * np.pi * (100 + t) * t)
+    soundfile.write(tmp_path / "a.wav", np.stack([x, x], 1), 44100)
+    encode(tmp_path / "a.wav", tmp_path / "a.m4a")
+    want, _ = listen.by_seeking(tmp_path / "a.wav", RATE, 59049, 10)
+    got, seconds = listen.by_seeking_with_ffmpeg(tmp_path / "a.m4a", RATE, 59049, 10)
+    assert seconds == pytest.approx(90, abs=0.2)
+    for a, b in zip(want, got):
+        spectra = np.abs(np.fft.rfft(a)), np.abs(np.fft.rfft(b))
+        assert np.dot(*spectra) / np.linalg.norm(spectra[0]) / np.linalg.norm(spectra[1]) > 0.99
+
+
+def encode(source, target):
+    """A recording as AAC in an MPEG-4 container."""
+    import av
+
+    with av.open(str(source)) as wav, av.open(str(target), "w") as file:
+        stream = file.add_stream("aac", rate=44100)
+        for frame in wav.decode(audio=0):
+            frame.pts = None
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def test_control_characters_of_tags_do_not_reach_a_terminal(capsys, encoder, tmp_path):
+    for i in range(2):
+        soundfile.write(tmp_path / f"{i}.flac", song(i), RATE)
+        tag(tmp_path / f"{i}.flac", title=f"\x1b[2Jgone {i}\x07", artist="<script>\u202e")
+    command = ["--library", tmp_path / "store", "--ckpt", encoder, *QUICK]
+    assert type_in(capsys, "index", tmp_path, *command)[0] == 0
+    code, out, _ = type_in(capsys, "similar", tmp_path / "0.flac", *command)
+    assert code == 0 and "gone" in out and not {"\x1b", "\x07", "\u202e"} & set(out)
+
+
 def test_windows_are_spread_over_a_song():
     starts = listen.place(1000, 10, 10)
     assert starts.tolist() == sorted(starts) and starts[0] == 49 and starts[-1] == 940
@@ -756,7 +791,7 @@ def test_a_map_of_the_store(capsys, indexed, tmp_path):
     name = indexed / "music/artist 1/song 1.flac"
     table.write_text(f'file,top,jazz\n"{name}","jazz; slow",0.9\n')
     command = ["map", "--library", indexed / "library.clmr", "--out", out, "--tags", table]
-    assert as_json(capsys, *command) == {"songs": 18, "page": str(out)}
+    assert as_json(capsys, *command) == {"songs": 18, "of": 18, "page": str(out)}
     text = out.read_text(encoding="utf-8")
     columns = json.loads(text.split('id="songs">')[1].split("</script>")[0])
     assert (
