@@ -4,25 +4,24 @@
     python model.py --encoder cpc
     python model.py --ckpt runs/mtat/encoder.pt --out exported/ --onnx    # encoder.ts .pt2 .onnx
 
-This file needs torch alone; where kernels/ lies beside it, training is faster by the same numbers.
+This file needs torch alone. Where kernels/ lies beside it, training is faster by the same numbers,
+files are verified byte by byte, and `export_torchscript` and the like work.
 Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
 
 An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has
-`name` and `sizes`.
+`name` and `sizes`; `front` and `blocks`, if every block's levels can be taken.
 
-Files, each with a sidecar .json beside the exports, and inside them:
-  encoder.pt    weights and what they are: {"format", "state", "weights_sha256", "encoder", "sizes",
-                "sample_rate", "input_samples", "out_dim", "method", "step", ...}: only tensors,
-                numbers, strings, lists and dicts, so `torch.load(weights_only=True)` reads it
-  tagger.pt     the same, with "head", "tags", "task"
+Files, with a sidecar .json beside and inside the exports:
+  encoder.pt    {"format", "state", "weights_sha256", "encoder", "sizes", "sample_rate", "out_dim",
+                "input_samples", "method", "step", ...}: only tensors, numbers, strings, lists and
+                dicts, so `torch.load(weights_only=True)` reads it
+  tagger.pt     the same, with "head", "levels", "tags", "task"
   encoder.ts    TorchScript: m(audio (B, 1, T)) -> (B, D), m.frames(audio, hop) -> (B, n, D);
                 m.sample_rate, m.input_samples; tagger.ts: (B, K) probabilities, and m.tags
-  encoder.pt2   torch.export program, and encoder.onnx, of one window: (B, 1, input_samples) ->
-  (B, D)
+  encoder.pt2   torch.export program of one window, (B, 1, input_samples) -> (B, D); and .onnx
 """
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib
@@ -38,13 +37,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # ------------------------------------------------------------------ SampleCNN 3^9 (section 3.3)
 
 def he_init(module: nn.Module):
-    """He initialisation of every convolution (section 3.7), biases at zero:
-    `encoder.apply(he_init)`."""
+    """`encoder.apply(he_init)`: He initialisation of convolutions (section 3.7), biases at zero."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
@@ -63,8 +60,7 @@ class Block(nn.Sequential):
 
 @functools.cache
 def load_kernels(module: str = "kernels"):
-    """A module of the folder kernels/ beside this file; None, which is said once, where it is
-    not."""
+    """A module of the folder kernels/ beside this file; where that is not, None, said once."""
     try:
         found = importlib.import_module(module)
         if module == "kernels":
@@ -76,8 +72,7 @@ def load_kernels(module: str = "kernels"):
         return None
 
 class SampleCNN(nn.Module):
-    """SampleCNN on raw audio: a stem conv(k3, s3), nine blocks [conv k3, BN, ReLU, max-pool 3], a
-    top conv.
+    """SampleCNN on raw audio: conv(k3, s3), nine blocks [conv k3, BN, ReLU, max-pool 3], conv k3.
 
     `forward(x (B, 1, 3**10)) -> (B, D)`. Autograd, AMP, torch.export and, by `export_torchscript`,
     TorchScript are supported; statistics of the batch are taken in training mode, so only there a
@@ -118,8 +113,7 @@ class SampleCNN(nn.Module):
         return Block(*layers, nn.ReLU(inplace=True))
 
     def recompute(self, blocks: int):
-        """Keep less of the first `blocks` blocks for the backward pass, so that larger batches
-        fit."""
+        """Keep less of the first `blocks` blocks for the backward pass: larger batches fit."""
         for i, block in enumerate(self.blocks):
             block.recompute = i < blocks
 
@@ -149,12 +143,11 @@ def _check_windows(x: Tensor, samples: int):
 # ---------------------------- Contrastive Predictive Coding (section 3.5), the paper's comparison
 
 class CPC(nn.Module):
-    """CPC's encoder: seven strided convolutions (480 samples a frame) and a GRU, whose state is
-    the context.
+    """CPC's encoder: seven strided convolutions, 480 samples a frame, and a GRU over the frames.
 
-    `context(x (B, 1, T)) -> z (B, n, 512), c (B, n, 256)`: frames and contexts; `forward(x) ->
-    (B, D)` pools the contexts: `mean` (D = 256, the default) or `mean+last` (D = 512, the only
-    reading that gives the paper's "512 dimensions").
+    `context(x (B, 1, T)) -> z (B, n, 512), c (B, n, 256)`: frames, and contexts, the GRU's states.
+    `forward(x) -> (B, D)` pools the contexts: `mean` (D = 256, the default) or `mean+last` (512,
+    the only reading that gives the paper's "512 dimensions").
 
     >>> z, c = CPC(width=0.125).context(torch.zeros(2, 1, 59049))
     >>> z.shape, c.shape
@@ -226,9 +219,8 @@ class MelCNN(nn.Module):
     """A convolutional network on a log-mel spectrogram of 96 bands and 152 frames.
 
     `forward(x (B, 1, 3**10)) -> (B, 2 C)`: the mean and the maximum over time and bands of the last
-    block's C channels. About a hundredth of SampleCNN's arithmetic, so that a core which trains a
-    few million pairs in a day has seen them. Autograd, AMP (the spectrogram stays in full
-    precision), TorchScript, torch.export and ONNX are supported.
+    block's C channels, by a hundredth of SampleCNN's arithmetic. Autograd, AMP (the spectrogram
+    stays in full precision), TorchScript, torch.export and ONNX are supported.
 
     The bands are log(1 + 10^4 p), p the power of a Hann window's Fourier transform in a band; a
     batch norm over each band takes the place of scales set by hand. A block is a 3 x 3 convolution,
@@ -236,8 +228,7 @@ class MelCNN(nn.Module):
 
     Args:
         width: a factor on all channels.
-        bands: of the spectrogram.
-        window, hop: of the spectrogram, in samples (46 and 17 ms).
+        bands, window, hop: of the spectrogram; the last two in samples (46 and 17 ms).
 
     >>> MelCNN(width=0.5).eval()(torch.zeros(2, 1, 59049)).shape
     torch.Size([2, 384])
@@ -297,8 +288,7 @@ class MelCNN(nn.Module):
 # ------------------------------------------------------------------------ what all encoders share
 
 class Projector(nn.Module):
-    """z = W2 ReLU(W1 h), no biases (section 3.3): 512-512-128. The loss sees z, all that follows
-    uses h.
+    """z = W2 ReLU(W1 h), 512-512-128, no biases (section 3.3): for the loss; all else uses h.
 
     >>> Projector(512)(torch.zeros(2, 512)).shape
     torch.Size([2, 128])"""
@@ -314,11 +304,7 @@ class Projector(nn.Module):
 ENCODERS = {c.name: c for c in (SampleCNN, SampleCNNLarge, CPC, MelCNN)}
 
 def build_encoder(name: str, **sizes) -> nn.Module:
-    """A new encoder by name, with He initialisation from torch's current generator.
-
-    >>> sum(p.numel() for p in build_encoder("samplecnn").parameters())
-    2368512
-    """
+    """A new encoder by name, with He initialisation from torch's current generator."""
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; there are: {', '.join(ENCODERS)}")
     return ENCODERS[name](**sizes)
@@ -377,8 +363,7 @@ class BatchNormOverProcesses(nn.BatchNorm2d):
         return (away * scale.to(high)[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 def synchronise(module: nn.Module, device) -> nn.Module:
-    """Every batch norm of `module` takes its statistics over all processes from now on (section
-    3.2)."""
+    """Every batch norm takes its statistics over all processes from now on (section 3.2)."""
     if not dist.is_initialized():
         return module
     kernels = load_kernels()
@@ -388,19 +373,6 @@ def synchronise(module: nn.Module, device) -> nn.Module:
         if type(child) is nn.BatchNorm2d:
             child.__class__ = BatchNormOverProcesses  # the same parameters, another forward pass
     return module
-
-def fold_batch_norm(encoder: nn.Module) -> nn.Module:
-    """A copy for inference, every Block's batch norm folded into the convolution before it.
-
-    Float64 arithmetic keeps the outputs within 1e-6 of the unfolded encoder's."""
-    dtype = next(encoder.parameters()).dtype
-    folded = copy.deepcopy(encoder).double().eval()
-    for parent in list(folded.modules()):
-        for name, block in parent.named_children():
-            if isinstance(block, Block):
-                conv, norm, *rest = block
-                setattr(parent, name, nn.Sequential(fuse_conv_bn_eval(conv, norm), *rest))
-    return folded.to(dtype).to(memory_format=torch.channels_last)
 
 # ------------------------------------------------------------------------------- the encoder file
 
@@ -442,10 +414,7 @@ def _save(path, encoder, content):
     write_atomically(path, buffer.getvalue())
 
 def save_encoder(path, encoder: nn.Module, **info):
-    """Write the encoder file (see the head of this file).
-
-    Args:
-        info: at least sample_rate, method and step; plain values only."""
+    """Write the encoder file; `info`: at least sample_rate, method, step; plain values only."""
     encoder = encoder.module if hasattr(encoder, "module") else encoder
     _save(path, encoder, {"format": FORMAT, **_identity(encoder), **info})
 
@@ -481,9 +450,8 @@ def save_tagger(path, encoder: nn.Module, head: nn.Module, tags, task: str, samp
         tags, task, sample_rate: as in `export_torchscript`. info: further plain values."""
     levels = isinstance(encoder, Levels)
     encoder = encoder.encoder if levels else encoder
-    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-    weights = [{"weight": layer.weight.detach().cpu(), "bias": layer.bias.detach().cpu()}
-               for layer in layers]
+    weights = [{key: value.detach().cpu() for key, value in layer.state_dict().items()}
+               for layer in head.modules() if isinstance(layer, nn.Linear)]
     _save(path, encoder, {"format": TAGGER, **_identity(encoder), "levels": levels, "head": weights,
                           "tags": list(tags), "task": task, "sample_rate": sample_rate, **info})
 
@@ -500,22 +468,10 @@ def load_tagger(path) -> tuple[nn.Module, dict]:
         if not info["sample_rate"]:
             raise ValueError("damaged, or made by hand: it has no sample rate")
         encoder = Levels(encoder) if info["levels"] else encoder
-        head = _linear_layers(weights, encoder.out_dim)
-        exported = _engine("exports").Exported
-        return exported(encoder, info["sample_rate"], head, info["tags"], info["task"]).eval(), info
-
-def _linear_layers(weights, dimensions):
-    layers = []
-    for layer in weights:
-        outputs, inputs = layer["weight"].shape
-        if inputs != dimensions:
-            raise ValueError(f"the head takes {inputs} numbers, its encoder gives {dimensions}")
-        linear = nn.Linear(inputs, outputs, device="meta")
-        _check_weights(layer, linear.state_dict(), "the head")
-        linear.load_state_dict(layer, assign=True)
-        layers += [linear, nn.ReLU()]
-        dimensions = outputs
-    return nn.Sequential(*layers[:-1])
+        exports = _engine("exports")
+        head = exports.head_of(weights, encoder.out_dim, _check_weights)
+        parts = info["sample_rate"], head, info["tags"], info["task"]
+        return exports.Exported(encoder, *parts).eval(), info
 
 @contextlib.contextmanager
 def _one_line(path):
@@ -523,8 +479,8 @@ def _one_line(path):
     try:
         yield
     except Exception as error:
-        text = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-        raise ValueError(f"{path}: {text[:300]}") from None
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{path}: {lacks}{first_line(error)[:300]}") from None
 
 def _built(content):
     """The encoder of a file's content, and the rest of it; nothing large before all fits."""
@@ -548,8 +504,7 @@ def _identity(encoder):
             "input_samples": encoder.input_samples}
 
 def _authors_state(state):
-    """The authors' names -> ours, or None. Blocks are `sequential.I` (0..10) or, in the oldest
-    files, `convI` (1..11)."""
+    """The authors' names -> ours, or None: `sequential.I` (0..10), in old files `convI` (1..11)."""
     renamed = {}
     for key, value in state.items():
         name = key.removeprefix("module.").removeprefix("model.")
@@ -559,9 +514,8 @@ def _authors_state(state):
         if not found:
             return None
         block = int(found[1] or int(found[2]) - 1)
-        if value.dim() == 3:
-            value = value.unsqueeze(2)  # k -> 1 x k
-        renamed[f"blocks.{block}.{found[3]}"] = value
+        one_by_k = value.unsqueeze(2) if value.dim() == 3 else value
+        renamed[f"blocks.{block}.{found[3]}"] = one_by_k
     return renamed or None
 
 # ------------------------------------------------ what kernels/exports.py and kernels/machine.py do
@@ -591,22 +545,20 @@ def export_onnx(encoder: nn.Module, path, sample_rate: int, head: nn.Module = No
     return _export("onnx", path, info, encoder, sample_rate, head, tags, task)
 
 def _export(kind, path, info, *parts):
-    exports = _engine("exports")
-    module = exports.Exported(*parts)
+    module = _engine("exports").Exported(*parts)
     sha256 = weights_sha256(module.encoder if module.task == "none" else module)
-    sidecar = {"sha256": sha256, **(info or {})}
-    folded = fold_batch_norm(module)
-    return exports.write(kind, module, folded, Path(path), sidecar, write_atomically)
+    return _engine("exports").write(kind, module, Path(path), {"sha256": sha256, **(info or {})},
+                                    write_atomically)
 
 def _engine(part):
     found = load_kernels(f"kernels.{part}")
     if found is None:
-        raise AttributeError(f"this needs kernels/{part}.py: put kernels/ beside model.py")
+        raise ImportError(f"this needs kernels/{part}.py: put kernels/ beside model.py")
     return found
 
-ENGINE = {"Exported": "exports", "tune_allocator": "machine", "choose_device": "machine",
-          "choose_amp": "machine", "autocast": "machine", "versions": "machine",
-          "code_version": "machine"}
+ENGINE = {"Exported": "exports", "fold_batch_norm": "exports", "tune_allocator": "machine",
+          "choose_device": "machine", "choose_amp": "machine", "autocast": "machine",
+          "versions": "machine", "code_version": "machine"}
 
 def __getattr__(name):
     """Names of this file that stand in kernels/: model.choose_device, model.autocast, ..."""
@@ -631,10 +583,7 @@ def write_atomically(path, data: bytes):
         raise
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line.
-
-    >>> first_line(ValueError("no such file\\nand more")), first_line(MemoryError())
-    ('no such file', 'MemoryError')"""
+    """What an error says, in one line: `first_line(MemoryError())` is 'MemoryError'."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -662,16 +611,16 @@ def load_any(path):
     return _engine("exports").Exported(encoder, info["sample_rate"] or 0)
 
 def export_all(module, out: Path, with_onnx: bool):
-    """Write every export of an encoder or a tagger, a line each."""
-    plain = module.task == "none"
-    name = "encoder" if plain else "tagger"
-    kinds = {"ts": "torchscript", "pt2": "program" if plain else "", "onnx": "onnx" * with_onnx}
-    parts = (module.encoder, module.sample_rate, None if plain else module.head, module.tags)
-    for suffix, kind in kinds.items():
-        if kind:
-            path = out / f"{name}.{suffix}"
-            sidecar = _export(kind, path, None, *parts, module.task)
-            print(f"{path}: largest difference to eager {sidecar['max_difference']}")
+    """Write the exports of an encoder or a tagger, a line each."""
+    parts = [module.encoder, module.sample_rate]
+    kinds = {"encoder.ts": "torchscript", "encoder.pt2": "program", "encoder.onnx": "onnx"}
+    if module.task != "none":
+        parts += [module.head, module.tags, module.task]
+        kinds = {"tagger.ts": "torchscript", "tagger.onnx": "onnx"}
+    for name, kind in kinds.items():
+        if kind != "onnx" or with_onnx:
+            difference = _export(kind, out / name, None, *parts)["max_difference"]
+            print(f"{out / name}: largest difference to eager {difference}")
 
 def main(argv=None) -> int:
     parser = build_parser()
@@ -692,7 +641,7 @@ def main(argv=None) -> int:
         if args.out:
             export_all(module, Path(args.out), args.onnx)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"model.py: error: {error}", file=sys.stderr)
         return 1
 

@@ -15,7 +15,7 @@ from torch import nn
 import kernels
 import model
 from test_model import trained
-from test_pretrain import free_port
+from pretraining import free_port
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_without_the_packages_onnx_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
-    fold = model.fold_batch_norm
+    fold = exports.fold_batch_norm
 
     def broken(module):
         folded = fold(module)
@@ -183,6 +183,6 @@ def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
             folded.encoder.blocks[0][0].weight.mul_(2)
         return folded
 
-    monkeypatch.setattr(model, "fold_batch_norm", broken)
+    monkeypatch.setattr(exports, "fold_batch_norm", broken)
     with pytest.raises(ValueError, match="differs from the eager encoder"):
         model.export_torchscript(small(), tmp_path / "x.ts", 22050)
