@@ -377,8 +377,7 @@ def _filters(up, down, zeros=32):
 
 
 # ------------------------------------------------------------------------------------------ readers
-# A reader turns a folder into a Listing. To add a data set: one function here or in
-# splits/published.py.
+# A data set more: one function here, or in splits/published.py, and one entry of DATASETS.
 
 @dataclass(slots=True)
 class Clip:
@@ -627,8 +626,9 @@ def following(meta, out, args):
 def main(argv=None):
     """The command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    while os.open(os.devnull, os.O_RDWR) < 3:  # no file shall become what was a closed stderr
-        pass
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # no file shall take the place of a closed stderr, where decoders talk
+    os.close(spare)
     args = parse(argv)
     try:
         if not args.check:

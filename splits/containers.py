@@ -5,7 +5,7 @@ of several streams in a row (a recorded radio station, two mp3s joined): each be
 
     container                   is known to be whole by
     wav RF64 W64 AIFF CAF AU    the size that its header states, against what is there
-    mp4 m4a                     the sizes of its boxes
+    mp4 m4a wma                 the sizes of its boxes, or of the file
     Ogg                         checksum and number of every page, and the mark at its end
     mp3 mp2                     frame after frame without a gap, as many as the header counts
     FLAC                        (its decoder counts, and has checksums)
@@ -42,6 +42,8 @@ def find_parts(file, size, notes):
         return _flac_parts(file, whole)
     if magic[:4] in (b".snd", b"dns."):
         return _au_parts(file, whole)
+    if magic == ASF[:16]:
+        return _asf_parts(file, whole)
     if magic[4:8] == b"ftyp":
         return _mp4_parts(file, whole)
     layout = next((layout for word, layout in LAYOUTS.items() if magic.startswith(word)), None)
@@ -141,6 +143,26 @@ def _au_parts(file, whole):
     if _bytes(file, following, 4) != magic[:4]:
         return [whole]
     return [Part(whole.begin, following), *_au_parts(file, Part(following, whole.end))]
+
+
+ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")  # begins a wma
+ASF_ABOUT = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # begins its properties
+
+
+def _asf_parts(file, whole):
+    """wma: the size of the file stands among its properties; one file after another."""
+    at = _find(file, ASF_ABOUT, whole.begin, min(whole.end, whole.begin + SEARCHED))
+    if at is None:
+        return [whole]
+    (length,) = struct.unpack("<Q", _bytes(file, at + 40, 8).ljust(8, b"\0"))
+    (flags,) = struct.unpack("<I", _bytes(file, at + 88, 4).ljust(4, b"\0"))
+    if flags & 1 or length < 100:  # written into a pipe
+        return [whole]
+    _is_there(length, whole.end - whole.begin)
+    following = whole.begin + length
+    if _bytes(file, following, 16) != ASF:
+        return [whole]
+    return [Part(whole.begin, following), *_asf_parts(file, Part(following, whole.end))]
 
 
 def _mp4_parts(file, whole):
@@ -361,69 +383,75 @@ def _after_tag(file, at):
 
 
 def _mpeg_parts(file, size, start, notes):
-    """mp3 and mp2: frame after frame. None where no frames are found.
-
-    A frame that counts the others begins a part. Where a count is missing or wrong libsndfile would
-    guess the length, so a right one is put before the frames.
-    """
+    """mp3 and mp2: frame after frame. None where no frames are found."""
     at = _first_frame(file, start, size)
-    if at is None:
-        return None
     parts = []
-    counted = None
+    seconds = 0.0
+    while at is not None:
+        part, length, at = _mpeg_stream(file, at, size, seconds, notes)
+        parts.append(part)
+        seconds += length
+    if parts and not parts[0].head:
+        parts[0].begin = 0  # tags before it do no harm, and a whole file is read as such
+    return parts or None
+
+
+def _mpeg_stream(file, begin, size, before, notes):
+    """Walk along the frames of one stream, which `before` seconds of others precede.
+
+    A frame that counts the others begins a stream, and so do frames of another rate. Returns the
+    Part, its seconds, and where the next one begins, or None.
+    """
+    head = _bytes(file, begin, 64)
+    first = _frame(head)
+    counted = _counted(head, first)
+    at = begin if counted is None else begin + first.size
+    end = at
     frames = 0
-    first = _frame(_bytes(file, at, 4))
-    begin = 0
-    last = at
+    following = None
     while at < size:
         data = _bytes(file, at, 64)
         frame = _frame(data)
-        if frame is None or (frame.layer, frame.rate) != (first.layer, first.rate):
-            following = _after_tag(file, at)
-            if following > at:
-                at = following
-                continue
-            seconds = (frames + sum(part.samples for part in parts)) * first.samples / first.rate
-            complete = counted is not None and 0 < counted <= frames
-            if complete or size - at < LONGEST:
+        if frame and (frame.layer, frame.rate) == (first.layer, first.rate):
+            if at + frame.size > size:
+                notes.append("ends within a frame")  # whether one is missing a count tells
                 break
-            raise ValueError(f"damaged after {seconds:.1f} s: bytes that are no mp3")
-        if at + frame.size > size:
-            notes.append("ends within a frame")  # whether one is missing a count tells
-            break
-        count = _counted(data, frame) if frame.layer == 3 else None
-        if count is not None:
-            if frames:
-                parts.append(_mpeg_part(file, begin, last, frames, counted))
-            begin = at if frames else 0
-            counted = count
-            frames = 0
-        else:
+            if frames and _counted(data, frame) is not None:
+                following = at
+                break
             frames += 1
-        at += frame.size
-        last = at
-    if frames:
-        parts.append(_mpeg_part(file, begin, last, frames, counted))
-    if len(parts) == 1 and parts[0] == Part(0, last, samples=parts[0].samples) and last == size:
-        parts[0].end = size
-    return parts
+            at += frame.size
+            end = at
+        elif _after_tag(file, at) > at:
+            at = _after_tag(file, at)
+        elif frame and _first_frame(file, at, size) == at:
+            following = at
+            break
+        elif counted and counted <= frames or size - at < LONGEST:
+            break
+        else:
+            seconds = before + frames * first.samples / first.rate
+            raise ValueError(f"damaged after {seconds:.1f} s: bytes that are no mp3")
+    end = size if at >= size and end == at else end
+    part = _mpeg_part(file, begin, end, frames, counted)
+    return part, frames * first.samples / first.rate, following
 
 
 def _mpeg_part(file, begin, end, frames, counted):
-    """The part that so many frames make."""
-    at = _first_frame(file, _after_id3(file, begin), end)
-    head = _bytes(file, at, 64)
+    """The part that so many frames make. Where a count is missing or wrong libsndfile would guess
+    the length, so a right one is put before the frames."""
+    head = _bytes(file, begin, 64)
     frame = _frame(head)
+    seconds = frame.samples / frame.rate
     if counted and frames < counted - 1:
-        seconds = frames * frame.samples / frame.rate
-        total = counted * frame.samples / frame.rate
-        raise ValueError(f"cut off: {seconds:.1f} of {total:.1f} s are there")
+        raise ValueError(f"cut off: {frames * seconds:.1f} of {counted * seconds:.1f} s are there")
     # What an encoder adds at both ends is taken off again: some thousand samples.
     samples = max(1, frames * frame.samples - 12_000)
     if frame.layer != 3 or counted in (frames, frames + 1):
         return Part(begin, end, samples=samples)
     if counted is not None:
-        at += frame.size
-        frame = _frame(head := _bytes(file, at, 64))
-    head = head[:4] + bytes(frame.counts_at - 4) + b"Xing" + struct.pack(">II", 1, frames)
-    return Part(at, end, head.ljust(frame.size, b"\0"), samples)
+        begin += frame.size
+        head = _bytes(file, begin, 64)
+        frame = _frame(head)
+    words = head[:4] + bytes(frame.counts_at - 4) + b"Xing" + struct.pack(">II", 1, frames)
+    return Part(begin, end, words.ljust(frame.size, b"\0"), samples)

@@ -228,6 +228,7 @@ def _by_av(file, refusal):
                 raise ValueError("there is no audio in it that can be decoded")
             rate = stream.codec_context.sample_rate or 1
             stream.codec_context.options = {"err_detect": "crccheck"}
+            stream.codec_context.thread_count = 1  # what other threads say would not be heard
             for rate, block in _frames(box.decode(stream)):
                 n += len(block)
                 yield _usual(rate), block

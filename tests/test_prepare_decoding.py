@@ -67,6 +67,7 @@ IN_A_ROW = (
     "a.m4a",
     "a.aac",
     "a.ac3",
+    "a.wma",
 )
 
 
@@ -286,6 +287,13 @@ def test_an_ogg_without_a_page_in_the_middle_is_refused(whole, seconds):
     second = data.find(b"OggS", first + 4)
     with pytest.raises(ValueError, match="damaged after .* a page is missing"):
         seconds("a.ogg", data[:first] + data[second:])
+
+
+def test_mp3s_of_several_rates_in_a_row_are_all_read(seconds):
+    parts = [encoded("a.mp3", tone(2, rate), rate) for rate in (44100, 22050, 48000)]
+    assert seconds("a.mp3", b"".join(parts)) == pytest.approx(6, abs=0.1)
+    bare = [without_count(part) for part in parts]
+    assert seconds("a.mp3", b"".join(bare)) == pytest.approx(6, abs=0.3)
 
 
 def test_an_oggs_checksum_is_that_of_a_plain_implementation(whole):
