@@ -109,8 +109,9 @@ def test_the_wrong_length_is_refused(encoder):
 
 
 def test_the_file_gives_back_the_same_encoder(encoder, tmp_path):
-    model.save_encoder(tmp_path / "encoder.pt", encoder, sample_rate=SAMPLE_RATE, method="clmr", step=1)
-    loaded, info = model.load_encoder(tmp_path / "encoder.pt")
+    path = tmp_path / "encoder.pt"
+    model.save_encoder(path, encoder, sample_rate=SAMPLE_RATE, method="clmr", step=1)
+    loaded, info = model.load_encoder(path)
     assert info["encoder"] == "melcnn" and info["sizes"] == encoder.sizes
     assert torch.equal(loaded(audio(2)), encoder(audio(2)))
 

@@ -1,0 +1,309 @@
+"""Small compute: variants of MelCNN at equal core time, and the training of the encoder that ships.
+
+    python bench/small.py --train game free --data moods quadrants --seconds 240     # the table
+    python bench/small.py --train game free --ship 3200 --out runs/small             # encoder.pt
+    python bench/small.py --train game free --renew       # beside it, on another core: new views
+
+Where a core is all there is, the chain and the spectrogram cost as much as the network. So views of
+5.4 s are made once, by the paper's chain, and kept as log-mel spectrograms in a pool (`--pool`,
+about 0.06 MB each); a step draws songs, two views of each and a window of 2.7 s in each view, so
+that no two pairs are the same. `--renew` replaces the pool's views by new ones for as long as it
+runs. Everything else is pretrain.py's: NT-Xent, Adam, no song twice in a batch; beyond the paper
+are the temperature (0.2), warm-up and cosine, and `mix`: another song's power spectrogram, up to
+that share of the sum, is added to each view.
+
+A variant's core time counts each view's making, spread over four uses. It is judged by 5-fold
+cross-validation over the train and valid clips of --data, no artist in two folds: a logistic
+regression on the standardised means over each clip's windows, its C the best of six for all
+variants alike. Test clips are never looked at. Writes --out (JSON with a table), a line a variant
+as it comes; --ship leaves encoder.pt, checkpoint.pt and log.jsonl in the folder --out, stops and
+continues as pretrain.py does.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
+from torch.nn import functional as F
+
+import common
+
+sys.path.insert(0, str(common.ROOT))
+import augment  # noqa: E402
+import model  # noqa: E402
+import prepare  # noqa: E402
+import pretrain  # noqa: E402
+
+FRAMES = 152  # of a window of 59,049 samples
+USES = 4  # of a view, when a variant's core time is counted
+CHAIN_S = 0.0015  # of a core, for the chain and the spectrogram of 2.7 s
+CS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # for 500 features; for more, in proportion less
+BATCH = 96
+
+# name: what differs from the first
+VARIANTS = {
+    "16-32-64-128-256": {},
+    "16-32-64-128-512": {"channels": (16, 32, 64, 128, 512)},
+    "16-32-64-192-384": {"channels": (16, 32, 64, 192, 384)},
+    "first stride 2 x 2": {"stride": 2},
+    "bands kept": {"keep_bands": True},
+    "mix 0.4": {"mix": 0.4},
+    "mix 0.4, temperature 0.1": {"mix": 0.4, "temperature": 0.1},
+    "mix 0.4, windows of 5.4 s": {"mix": 0.4, "frames": 305, "batch": 64},
+}
+
+
+# ---------------------------------------------------------------------------------------- views
+class Pool:
+    """Augmented views of every song as spectrograms, (songs, views, bands, frames) float16."""
+
+    def __init__(self, path: Path, folders, views: int, seed: int = 0):
+        clips = prepare.Clips(folders)
+        self.clips = clips
+        self.n = 2 * 3**10  # samples of a view
+        self.chain = augment.Chain(clips.sample_rate)
+        self.encoder = model.MelCNN()
+        usable = np.flatnonzero(clips.length >= self.n)
+        songs = np.unique(clips.group[usable])
+        self.songs = [usable[clips.group[usable] == song] for song in songs]
+        frames = (self.n - self.encoder.window) // self.encoder.hop + 1
+        shape = (len(songs), views, self.encoder.scales.num_features, frames)
+        complete = path.exists()
+        unfinished = path.with_suffix(".partial")
+        mode = {"mode": "r+"} if complete else {"mode": "w+", "shape": shape, "dtype": np.float16}
+        self.views = np.lib.format.open_memmap(path if complete else unfinished, **mode)
+        if not complete:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            generator = torch.Generator().manual_seed(seed)
+            for song in range(len(songs)):
+                self.views[song] = self.make(song, views, generator)
+            unfinished.rename(path)
+
+    def make(self, song: int, count: int, generator) -> np.ndarray:
+        """New views of a song, from anywhere in it: (count, bands, frames)."""
+        clip = self.songs[song]
+        room = torch.as_tensor(self.clips.length[clip] - self.n + 1, dtype=torch.float64)
+        which = torch.multinomial(room, count, replacement=True, generator=generator)
+        where = torch.rand(count, generator=generator, dtype=torch.float64) * room[which]
+        x = self.clips.crops(clip[which.numpy()], where.long().numpy(), self.n)
+        x = self.chain(x, self.chain.draw(count, generator))
+        return torch.cat([self.encoder.spectrogram(row) for row in x.split(1)]).half().numpy()
+
+    def renew(self):
+        """Replace views, a few of one song after the other, until interrupted."""
+        generator = torch.Generator().manual_seed(time.time_ns() % 2**40)
+        while True:
+            for song in torch.randperm(len(self.songs), generator=generator).tolist():
+                places = torch.randperm(self.views.shape[1], generator=generator)[:16]
+                self.views[song, places.numpy()] = self.make(song, len(places), generator)
+
+    def pairs(self, songs, frames: int, generator) -> torch.Tensor:
+        """Two views of each song: (2 B, bands, frames), all first ones before the second."""
+        count, longest = self.views.shape[1], self.views.shape[3]
+        x = np.empty((2, len(songs), self.views.shape[2], frames), np.float16)
+        for i, song in enumerate(songs):
+            for j, view in enumerate(torch.randperm(count, generator=generator)[:2].tolist()):
+                start = int(torch.randint(longest - frames + 1, (), generator=generator))
+                x[j, i] = self.views[song, view, :, start : start + frames]
+        return torch.from_numpy(x).flatten(0, 1).float()
+
+
+def mix(x, share: float, generator):
+    """Add another song's power, a share up to `share` of the sum, to each view of (2 B, ...)."""
+    power = torch.expm1(x)
+    other = torch.randperm(len(x) // 2, generator=generator)
+    r = torch.rand(len(x), 1, 1, generator=generator) * share
+    return torch.log1p((1 - r) * power + r * power[torch.cat([other, other + len(x) // 2])])
+
+
+# ------------------------------------------------------------------------------------- training
+class Network(nn.Module):
+    """A variant of MelCNN that takes spectrograms: (B, bands, frames) -> (B, D)."""
+
+    def __init__(self, channels=(16, 32, 64, 128, 256), stride=None, keep_bands=False):
+        super().__init__()
+        kind = type("MelCNN", (model.MelCNN,), {"channels": channels})
+        self.encoder = kind()
+        if stride:
+            self.encoder.blocks[0][0].stride = (stride, stride)
+        self.keep_bands = keep_bands
+        with torch.no_grad():
+            self.eval()
+            self.out_dim = self(torch.zeros(1, self.encoder.scales.num_features, FRAMES)).shape[1]
+        self.train()
+
+    def forward(self, spectrogram):
+        x = self.encoder.blocks(self.encoder.normalise(spectrogram))
+        axes = 3 if self.keep_bands else (2, 3)
+        return torch.cat([x.mean(axes).flatten(1), x.amax(axes).flatten(1)], 1)
+
+
+def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, batch=BATCH, seed=0,
+          renewed=False, **sizes):
+    """Train for `seconds` of a core; returns the network and the pairs it saw.
+
+    With `out` a checkpoint is kept there, from which the same call goes on. Without `renewed` the
+    making of views counts as well."""
+    torch.manual_seed(seed)
+    network = Network(**sizes)
+    learner = nn.ModuleList([network, model.Projector(network.out_dim)])
+    adam = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True)
+    step = 0
+    used = 0.0
+    order = []
+    saved = pretrain.load_checkpoint(out / "checkpoint.pt") if out else None
+    if saved:
+        learner.load_state_dict(saved["learner"])
+        adam.load_state_dict(saved["adam"])
+        step, used = saved["step"], saved["used"]
+    generator = torch.Generator().manual_seed(seed + step)
+    making = 0 if renewed else 2 * batch * CHAIN_S * frames / FRAMES / USES
+    last = time.process_time()
+    losses = []
+    while used < seconds:
+        if len(order) < batch:
+            order = torch.randperm(len(pool.songs), generator=generator).tolist()
+        songs, order = order[:batch], order[batch:]
+        x = pool.pairs(songs, frames, generator)
+        x = mix(x, share, generator) if share else x
+        for group in adam.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * used / seconds))
+            group["lr"] = 1e-3 * min(1, (step + 1) / 200) * cosine
+        with model.autocast("cpu"):
+            z = learner[1](network(x))
+        loss = pretrain.nt_xent(*z.chunk(2), temperature)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        step += 1
+        losses.append(loss.item())
+        now = time.process_time()
+        used += now - last + making
+        last = now
+        if out and (step % 500 == 0 or used >= seconds):
+            line = {"step": step, "pairs": step * batch, "loss": np.mean(losses), "core_s": used}
+            with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            losses = []
+            state = {"learner": learner.state_dict(), "adam": adam.state_dict()}
+            pretrain.save_checkpoint(out / "checkpoint.pt", {**state, "step": step, "used": used})
+            info = {"sample_rate": pool.clips.sample_rate, "method": "clmr", "step": step}
+            info |= {"data": pool.clips.name, "fingerprint": pool.clips.fingerprint}
+            model.save_encoder(out / "encoder.pt", network.encoder, **info)
+    return network.eval(), step * batch
+
+
+# -------------------------------------------------------------------------------------- judging
+@torch.no_grad()
+def features(network, clips, index, frames=FRAMES):
+    """The mean over the windows of each clip of index (N,) of the network's output, (N, D)."""
+    rows = []
+    for i in index:
+        spectrogram = network.encoder.spectrogram(clips.waveform(i)[None, None])
+        windows = spectrogram.unfold(2, frames, frames)[0].transpose(0, 1)  # (n, bands, frames)
+        rows.append(network(windows).mean(0))
+    return torch.stack(rows)
+
+
+def logistic(x, y, weight, c, single):
+    """Scores (folds, N, K) of logistic regressions, one a row of weight (folds, N)."""
+    w = torch.zeros(len(weight), x.shape[1] + 1, y.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        scores = x @ w[:, :-1] + w[:, -1:]
+        if single:
+            losses = scores.logsumexp(2) - (scores * y).sum(2)
+        else:
+            losses = (F.softplus(scores) - scores * y).sum(2)
+        value = ((losses * weight).sum() * c + w[:, :-1].square().sum() / 2) / len(x)
+        value.backward()
+        return value
+
+    solver.step(closure)
+    return (x @ w[:, :-1] + w[:, -1:]).detach()
+
+
+def cross_validate(x, clips, index) -> dict:
+    """The best over CS of ROC and PR (tags) or accuracy (a label a clip), in percent."""
+    artists = clips.artist if any(clips.artist) else clips.group
+    names, number = np.unique(artists[index], return_inverse=True)
+    fold = torch.as_tensor(np.random.default_rng(0).permutation(len(names)) % 5)[number]
+    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-6)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)  # turned, so that rows are no longer than N
+    y = torch.as_tensor(clips.labels[index]).float()
+    single = clips.task == "singlelabel"
+    weight = (fold != torch.arange(5)[:, None]).float()
+    found = []
+    for c in CS:
+        scores = logistic(u * s, y, weight, c * 500 / x.shape[1], single)
+        scores = scores[fold, torch.arange(len(x))]  # of each clip by the fold that lacks it
+        if single:
+            found.append({"accuracy": (scores.argmax(1) == y.argmax(1)).float().mean().item()})
+        else:
+            kinds = {"ROC": roc_auc_score, "PR": average_precision_score}
+            found.append({name: f(y, scores, average="macro") for name, f in kinds.items()})
+    return {name: round(100 * max(row[name] for row in found), 1) for name in found[0]}
+
+
+def compare(args, pool) -> None:
+    """Every variant for the same core time; writes the table after each."""
+    judged = [prepare.Clips(prepare.find(name)) for name in args.data]
+    about = {"argv": sys.argv, "machine": common.machine(), "versions": model.versions()}
+    rows = []
+    for name in args.only or VARIANTS:
+        sizes = dict(VARIANTS[name])
+        share = sizes.pop("mix", 0.0)
+        network, pairs = train(pool, args.seconds, share=share, seed=args.seed, **sizes)
+        row = {"variant": name, "pairs": f"{pairs:,}"}
+        for clips in judged:
+            index = np.flatnonzero(clips.split < 2)  # not the test clips
+            x = features(network, clips, index, sizes.get("frames", FRAMES))
+            row |= {key: f"{v:.1f}" for key, v in cross_validate(x, clips, index).items()}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        caption = f"MelCNN's variants, {args.seconds:g} s of a core each, on {common.where()}"
+        text = json.dumps({"caption": caption, **about, "table": rows}, indent=1)
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--train", nargs="+", required=True, help="prepared folders to train on")
+    parser.add_argument("--data", nargs="+", default=[], help="prepared folders to judge on")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="some variants")
+    parser.add_argument("--seconds", type=float, default=240, help="of a core, for each variant")
+    parser.add_argument("--ship", type=float, metavar="SECONDS", help="train what ships")
+    parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
+    parser.add_argument("--pool", type=Path, default=Path("data/views.npy"), help="the views' file")
+    parser.add_argument("--views", type=int, default=48, help="of each song in the pool")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/small/variants.json"))
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    model.tune_allocator()
+    torch.set_num_threads(1)
+    pool = Pool(args.pool, [prepare.find(name) for name in args.train], args.views)
+    if args.renew:
+        pool.renew()
+    elif args.ship:
+        args.out.mkdir(parents=True, exist_ok=True)
+        shipped = {"share": 0.3, "channels": model.MelCNN.channels, "renewed": True}
+        train(pool, args.ship, out=args.out, seed=args.seed, **shipped)
+    else:
+        compare(args, pool)
+
+
+if __name__ == "__main__":
+    main()
