@@ -16,8 +16,8 @@ A variant's core time counts each view's making, spread over four uses. It is ju
 cross-validation over the train and valid clips of --data, no artist in two folds: a logistic
 regression on the standardised means over each clip's windows, its C the best of six for all
 variants alike. Test clips are never looked at. Writes --out (JSON with a table), a line a variant
-as it comes; --ship leaves encoder.pt, checkpoint.pt and log.jsonl in the folder --out, stops and
-continues as pretrain.py does.
+as it comes; --ship leaves encoder.pt, checkpoint.pt and log.jsonl in the folder --out, and goes on
+where it stopped.
 """
 
 import argparse
@@ -75,12 +75,11 @@ class Pool:
         self.songs = [usable[clips.group[usable] == song] for song in songs]
         frames = (self.n - self.encoder.window) // self.encoder.hop + 1
         shape = (len(songs), views, self.encoder.scales.num_features, frames)
-        complete = path.exists()
-        unfinished = path.with_suffix(".partial")
-        mode = {"mode": "r+"} if complete else {"mode": "w+", "shape": shape, "dtype": np.float16}
-        self.views = np.lib.format.open_memmap(path if complete else unfinished, **mode)
-        if not complete:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self.views = np.lib.format.open_memmap(path, "r+")
+        else:
+            unfinished = path.with_suffix(".partial")
+            self.views = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
             generator = torch.Generator().manual_seed(seed)
             for song in range(len(songs)):
                 self.views[song] = self.make(song, views, generator)
@@ -129,14 +128,13 @@ class Network(nn.Module):
 
     def __init__(self, channels=(16, 32, 64, 128, 256), stride=None, keep_bands=False):
         super().__init__()
-        kind = type("MelCNN", (model.MelCNN,), {"channels": channels})
-        self.encoder = kind()
+        self.encoder = type("MelCNN", (model.MelCNN,), {"channels": channels})()
         if stride:
             self.encoder.blocks[0][0].stride = (stride, stride)
         self.keep_bands = keep_bands
         with torch.no_grad():
-            self.eval()
-            self.out_dim = self(torch.zeros(1, self.encoder.scales.num_features, FRAMES)).shape[1]
+            bands = self.encoder.scales.num_features
+            self.out_dim = self.eval()(torch.zeros(1, bands, FRAMES)).shape[1]
         self.train()
 
     def forward(self, spectrogram):
@@ -153,11 +151,10 @@ def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, ba
     making of views counts as well."""
     torch.manual_seed(seed)
     network = Network(**sizes)
-    learner = nn.ModuleList([network, model.Projector(network.out_dim)])
+    projector = model.Projector(network.out_dim)
+    learner = nn.ModuleList([network, projector])
     adam = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True)
-    step = 0
-    used = 0.0
-    order = []
+    step, used, order = 0, 0.0, []
     saved = pretrain.load_checkpoint(out / "checkpoint.pt") if out else None
     if saved:
         learner.load_state_dict(saved["learner"])
@@ -165,19 +162,17 @@ def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, ba
         step, used = saved["step"], saved["used"]
     generator = torch.Generator().manual_seed(seed + step)
     making = 0 if renewed else 2 * batch * CHAIN_S * frames / FRAMES / USES
-    last = time.process_time()
-    losses = []
+    last, losses = time.process_time(), []
     while used < seconds:
         if len(order) < batch:
             order = torch.randperm(len(pool.songs), generator=generator).tolist()
         songs, order = order[:batch], order[batch:]
         x = pool.pairs(songs, frames, generator)
         x = mix(x, share, generator) if share else x
-        for group in adam.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * used / seconds))
-            group["lr"] = 1e-3 * min(1, (step + 1) / 200) * cosine
+        cosine = 0.5 * (1 + math.cos(math.pi * used / seconds))
+        adam.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 200) * cosine
         with model.autocast("cpu"):
-            z = learner[1](network(x))
+            z = projector(network(x))
         loss = pretrain.nt_xent(*z.chunk(2), temperature)
         adam.zero_grad()
         loss.backward()
@@ -193,9 +188,9 @@ def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, ba
                 log.write(json.dumps(line) + "\n")
             losses = []
             state = {"learner": learner.state_dict(), "adam": adam.state_dict()}
-            pretrain.save_checkpoint(out / "checkpoint.pt", {**state, "step": step, "used": used})
-            info = {"sample_rate": pool.clips.sample_rate, "method": "clmr", "step": step}
-            info |= {"data": pool.clips.name, "fingerprint": pool.clips.fingerprint}
+            pretrain.save_checkpoint(out / "checkpoint.pt", state | {"step": step, "used": used})
+            info = {"method": "clmr", "step": step, "batch_size": batch, "data": pool.clips.name}
+            info |= {key: getattr(pool.clips, key) for key in ("sample_rate", "fingerprint")}
             model.save_encoder(out / "encoder.pt", network.encoder, **info)
     return network.eval(), step * batch
 
@@ -220,10 +215,8 @@ def logistic(x, y, weight, c, single):
     def closure():
         solver.zero_grad()
         scores = x @ w[:, :-1] + w[:, -1:]
-        if single:
-            losses = scores.logsumexp(2) - (scores * y).sum(2)
-        else:
-            losses = (F.softplus(scores) - scores * y).sum(2)
+        surprise = scores.logsumexp(2) if single else F.softplus(scores).sum(2)
+        losses = surprise - (scores * y).sum(2)
         value = ((losses * weight).sum() * c + w[:, :-1].square().sum() / 2) / len(x)
         value.backward()
         return value
@@ -262,7 +255,7 @@ def compare(args, pool) -> None:
     for name in args.only or VARIANTS:
         sizes = dict(VARIANTS[name])
         share = sizes.pop("mix", 0.0)
-        network, pairs = train(pool, args.seconds, share=share, seed=args.seed, **sizes)
+        network, pairs = train(pool, args.seconds, share=share, **sizes)
         row = {"variant": name, "pairs": f"{pairs:,}"}
         for clips in judged:
             index = np.flatnonzero(clips.split < 2)  # not the test clips
@@ -285,8 +278,7 @@ def build_parser():
     parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
     parser.add_argument("--pool", type=Path, default=Path("data/views.npy"), help="the views' file")
     parser.add_argument("--views", type=int, default=48, help="of each song in the pool")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/small/variants.json"))
+    parser.add_argument("--out", type=Path, default=Path("variants.json"), help="file, or folder")
     return parser
 
 
@@ -300,7 +292,7 @@ def main():
     elif args.ship:
         args.out.mkdir(parents=True, exist_ok=True)
         shipped = {"share": 0.3, "channels": model.MelCNN.channels, "renewed": True}
-        train(pool, args.ship, out=args.out, seed=args.seed, **shipped)
+        train(pool, args.ship, out=args.out, **shipped)
     else:
         compare(args, pool)
 
