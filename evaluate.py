@@ -4,6 +4,7 @@
     python evaluate.py --ckpt runs/mtat/encoder.pt --random --fraction 0.01 0.1 1    # and a control
     python evaluate.py --ckpt runs/mtat/encoder.pt --hidden 512                      # deeper probe
     python evaluate.py --data mtat --supervised --fraction 0.01                      # end to end
+    python evaluate.py --data mtat --features-from mfcc.npz --probe logistic         # of others
 
 The protocol. Every clip is cut into all its non-overlapping full windows; the frozen encoder turns
 each into features, once. A linear layer is trained on the windows of the training clips with Adam;
@@ -12,20 +13,20 @@ best state is kept. A clip's score is the mean of its windows' probabilities. Te
 once, by the probe that was kept, for each seed; a seed draws the start, the order of windows and
 the subset of `--fraction`. Reported, in [0, 1]: the metrics of `score`, mean and standard deviation
 over seeds, a 95 % bootstrap interval over test songs, and the paired interval of the difference to
-the untrained control (`--random`: one network, initialised from the first seed).
+each control: the untrained encoder (`--random`: initialised from the first seed), and features that
+others made (`--features-from`: npz files with `features` (n, D) and `id` (n,), the clip of each
+row, one a clip or one a window). Beyond the paper: `--probe logistic`, logistic regression on the
+standardised mean features of clips; `--features levels`; `--neighbours K`.
 
 Leaves behind, in the run's folder (of another checkpoint: runs/ITS-NAME/) or where `--out` and
 `--export` say: evaluate-DATA.json, with other flags evaluate-DATA-hidden-512.json, which explains
-the numbers; encoder.ts, encoder.pt2, and, where all labels were used, tagger.ts; features in
-data/NAME/features/. Pictures of results: transfer.py; tables in pages: results/tables.py.
+the numbers; encoder.ts, encoder.pt2, and, where all labels were used, tagger.ts and tagger.pt;
+features in data/NAME/features/. Pictures: transfer.py; tables in pages: results/tables.py.
 """
 import argparse
 import contextlib
-import functools
 import itertools
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,14 +36,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 SPLITS = {"train": "to train on", "valid": "to validate on", "test": "to test on"}
 METRICS = {"multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC",
                           "clip_roc_auc": "clip ROC", "clip_pr_auc": "clip PR"},
            "singlelabel": {"accuracy": "accuracy"}}
-LOSS = {"multilabel": F.binary_cross_entropy_with_logits, "singlelabel": F.cross_entropy}
+LOSS = {"multilabel": nn.functional.binary_cross_entropy_with_logits,
+        "singlelabel": nn.functional.cross_entropy}
 DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
@@ -79,26 +80,15 @@ class Windows:
     def __getitem__(self, rows) -> "Windows":
         return Windows(self.x[rows], self.y[rows], self.clip[rows])
 
-@dataclass
-class Result:
-    """The scores of one model and probe at one share of the labels. row: what a file holds of it.
-    Besides: draws {metric: (resamples,)}; scores (N, K) of the test clips, the mean over seeds;
-    module, the probe that was best in validation."""
-    row: dict
-    draws: dict
-    scores: np.ndarray
-    module: nn.Module
-
 # ------------------------------------------------------------------------- windows and features
 
 def windows(length, size: int, hop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the full windows of clips lie (section 4.1): clip (n,) of each, start (n,).
+    """Where the full windows of clips lie (section 4.1): clip (n,) of each, start (n,). length
+    (N,), size, hop, start are in samples.
 
         samples    0 1 2 3 4 5 6      length 7, size 3, hop 3 (by default the size)
         window 0  |0 1 2|
         window 1        |3 4 5|       sample 6 is left over; a clip shorter than a window has none
-
-    length (N,), size, hop, start: in samples.
 
     >>> windows([7, 2, 6], 3)
     (array([0, 0, 2, 2]), array([0, 3, 0, 3]))
@@ -118,17 +108,15 @@ def cut(clips, size: int) -> dict[str, Windows]:
 def by_split(clips, x: Tensor, clip: np.ndarray) -> dict[str, Windows]:
     """{split: its windows}, from x (n, ...), of the clips (n,). ValueError for an empty one."""
     labelled = (clips.labels.sum(1) == 1) | (clips.task != "singlelabel")
-    y = torch.from_numpy(clips.labels)
     found = {}
     for i, (split, purpose) in enumerate(SPLITS.items()):
         rows = np.flatnonzero((labelled & (clips.split == i))[clip])
-        found[split] = Windows(x[rows], y[clip[rows]], clip[rows])
+        found[split] = Windows(x[rows], torch.from_numpy(clips.labels[clip[rows]]), clip[rows])
         if not len(rows):
-            count = (clips.split == i).sum()
             raise ValueError(
-                f"{clips.name} has no usable clip {purpose}: {count} are in this split, too short "
-                "or without a label; prepare it again from longer files, or with a table that has "
-                "a column `split` of train, valid and test")
+                f"{clips.name} has no usable clip {purpose} (of {sum(clips.split == i)}, too short "
+                "or without a label): prepare it again with longer ones, or by a table that has a "
+                "column `split` of train, valid and test")
     return found
 
 def by_clip(data: Windows) -> Windows:
@@ -139,9 +127,8 @@ def by_clip(data: Windows) -> Windows:
 
 def crops(clips, data: Windows, size: int, batch_size: int = 16) -> Iterator[Tensor]:
     """The audio of windows, in batches (b, 1, size)."""
-    parts = range(0, len(data.clip), batch_size)
     silent = sys.stderr is None or not sys.stderr.isatty()
-    for i in tqdm(parts, "windows", unit="batch", leave=False, disable=silent):
+    for i in tqdm(range(0, len(data.clip), batch_size), "windows", leave=False, disable=silent):
         batch = data[i : i + batch_size]
         yield clips.crops(batch.clip, batch.x.numpy(), size)
 
@@ -158,17 +145,16 @@ def embed(encoder: nn.Module, batches: Iterable[Tensor], n: int | None = None) -
     rows = (encoder(x.to(like)).float().cpu() for x in batches)
     if n is None:
         return torch.cat(list(rows))
-    features = None
+    features = torch.empty(n, encoder.out_dim)
     done = 0
     for h in rows:
-        features = h.new_empty(n, h.shape[1]) if features is None else features
         features[done : done + len(h)] = h
         done += len(h)
     return features
 
 def take_fraction(labels, fraction: float, seed: int = 0, mode: str = "balanced") -> np.ndarray:
     """A subset (n,), ascending, of examples with labels (N, K) 0/1, in which every tag keeps its
-    share (section 4.3). ValueError for a fraction outside (0, 1].
+    share (section 4.3).
 
     balanced: put the examples in an order, each time by the next of the tag with the smallest share
         so far, the rarest first; while there are tags without any, by the example that serves most
@@ -301,8 +287,7 @@ def fit_lbfgs(training: Windows, valid: Windows, task: str = "multilabel", proto
               strengths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0)) -> tuple[nn.Module, dict]:
     """Logistic regression on standardised features, to the optimum: the minimum of scikit-learn's
     LogisticRegression(C), for all tags at once, with the strength C that is best in validation.
-    Args and returns as `fit_probe` (the standardisation is folded into the layer); the optimum
-    needs neither protocol nor seed."""
+    As `fit_probe`; the optimum needs neither protocol nor seed."""
     centre = training.x.mean(0)
     scale = training.x.std(0).clamp_min(1e-6)
     z = (training.x - centre) / scale
@@ -364,8 +349,7 @@ def rank_metrics(scores, labels) -> tuple[np.ndarray, np.ndarray]:
     false = end + 1 - true
     p = positive.sum(1, dtype=np.float64)
     n = size - p
-    # pairs won, counted from the negatives (ties in) and from the positives (ties out): the mean
-    # halves the ties
+    # pairs won, counted from the negatives (ties in) and the positives (ties out): ties are halved
     won = (~positive * true).sum(1) + (positive * (n[:, None] - false)).sum(1)
     pr = (positive * true / (true + false)).sum(1) / p
     return won / (2 * p * n), np.where(n > 0, pr, np.nan)
@@ -379,7 +363,7 @@ def score(scores, labels, task: str = "multilabel") -> dict:
         clip_pr_auc, the means over clips, tag_roc_auc, tag (K,: PR-AUC), tags_left_out,
         clips_left_out; singlelabel: accuracy, tag (K,: recall), confusion (K, K), a row is a true
         label. What does not exist (no positive, no negative) is NaN, and left out of the means.
-    Raises: ValueError: shapes that differ, no clip, or scores that are NaN.
+    Raises: ValueError: shapes that differ, no clip, scores that are NaN.
 
     >>> score(np.eye(3), np.eye(3, dtype=int), "singlelabel")["accuracy"].item()
     1.0
@@ -410,91 +394,26 @@ def mean(values, axis=-1):
     """The mean of what is not NaN; NaN, without a warning, where all is."""
     return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
-def interval(draws, value) -> np.ndarray:
-    """95 % interval from draws (n, ...) of a value (...) -> (2, ...): their middle 95 %, moved by
-    the distance of their mean from the value, since average precision is on average larger in a
-    resample, where songs occur twice."""
-    # a tag that was left out is NaN in all draws, of which numpy would warn; its mean is NaN, too
-    known = np.where(np.isnan(draws).all(0), 0, draws)
-    return np.nanquantile(known, (0.025, 0.975), axis=0) - mean(draws, 0) + value
-
-def bootstrap(scores, labels, group, task: str = "multilabel", n=1000, seed=0) -> dict:
-    """Resample the test songs, group (N,), with replacement (clips of a song stay together); take
-    all metrics again: scores (S, N, K) of S seeds, labels (N, K) -> {metric: (n,)}, the mean of the
-    seeds; `tag` (n, K). The same data and seed give the same resamples, so two encoders can be
-    compared resample by resample."""
-    metrics = [_in_resamples(np.asarray(of_seed), np.asarray(labels), task) for of_seed in scores]
-    blocks = []
-    for counts in resamples(group, n, seed):
-        runs = [of_seed(counts) for of_seed in metrics]
-        blocks.append({name: np.mean([run[name] for run in runs], 0) for name in runs[0]})
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-def resamples(group, n: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each clip is in each resample of the songs, group (N,): in blocks (b, N) of n."""
-    song = np.unique(group, return_inverse=True)[1].reshape(-1)
-    share = np.full(song.max() + 1, 1 / (song.max() + 1))
-    rng = np.random.default_rng([seed, 3])
-    for i in range(0, n, 64):
-        yield rng.multinomial(len(share), share, min(64, n - i))[:, song]
-
-def _in_resamples(scores, labels, task):
-    """The metrics (b, ...) in b resamples as a function of their counts (b, N) of the clips."""
-    ranks = _kernels("ranks", "intervals take longer") if task == "multilabel" else None
-    if ranks:
-        of_clips = dict(zip(("clip_roc_auc", "clip_pr_auc"), rank_metrics(scores, labels)))
-        return ranks.in_resamples(scores, labels, of_clips, mean)
-
-    def metrics(counts):
-        rows = [np.repeat(np.arange(len(scores)), of_clips) for of_clips in counts]
-        runs = [score(scores[i], labels[i], task) for i in rows]
-        return {name: np.stack([run[name] for run in runs]) for name in (*METRICS[task], "tag")}
-    return metrics
-
-@functools.cache
-def _kernels(name, otherwise):
-    try:
-        return import_module(f"kernels.{name}")
-    except ImportError:
-        print(f"evaluate.py: without kernels/{name}.py {otherwise}", file=sys.stderr)
-
-def neighbours(x: Tensor, labels, song, artist, k: int = 10) -> dict[str, np.ndarray]:
-    """What the k nearest clips have in common with each clip, by the cosine of its standardised
-    features x (N, D): {`labels`: (N,), the mean Jaccard similarity of their labels (N, K), with one
-    label the share with the same, among clips by other artists; `artist`: (N,), which share of the
-    others by its artist are among the k nearest from other songs, NaN where there is none}. song,
-    artist (N,): an artist that is not known, "", is that of its song alone.
-
-    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    >>> found = neighbours(x, np.eye(2)[[0, 0, 1, 1]], np.arange(4), np.array(list("abcd")), 1)
-    >>> found["labels"], found["artist"]
-    (array([1., 1., 1., 1.]), array([nan, nan, nan, nan]))
-    """
-    names = [f"a {a}" if a else f"song {s}" for a, s in zip(artist, song)]
-    artist, song = (torch.from_numpy(np.unique(of, return_inverse=True)[1]) for of in (names, song))
-    y = torch.as_tensor(np.asarray(labels), dtype=torch.float32)
-    z = F.normalize((x - x.mean(0)) / x.std(0).clamp_min(1e-6))
-    rows = []
-    for i in torch.arange(len(z)).split(256):  # (b, N) similarities fit into memory
-        near = z[i] @ z.T
-        value, other = near.masked_fill(artist[i, None] == artist, -2).topk(min(k, len(z) - 1))
-        both = torch.einsum("bk,bnk->bn", y[i], y[other])
-        shared = both / (y[i].sum(1)[:, None] + y[other].sum(2) - both).clamp_min(1)
-        wanted = (artist[i, None] == artist) & (song[i, None] != song)
-        nearest = near.masked_fill(song[i, None] == song, -2).topk(min(k, len(z) - 1)).indices
-        rows.append(torch.stack([shared.where(value > -2, math.nan).nanmean(1),
-                                 wanted.gather(1, nearest).sum(1) / wanted.sum(1)]))
-    return dict(zip(("labels", "artist"), torch.cat(rows, 1).double().numpy()))
-
-# ------------------------------------------------------------------------------------- protocol
+# --- program: it imports what it needs when it is called, so this file works when copied alone
+@dataclass
+class Result:
+    """The scores of one model and probe at one share of the labels. row: what a file holds of it.
+    Besides: draws {metric: (resamples,)}; scores (N, K) of the test clips, the mean over seeds;
+    module, the probe that was best in validation."""
+    row: dict
+    draws: dict
+    scores: np.ndarray
+    module: nn.Module
 
 def evaluate(fit: Callable, clips, data: dict[str, Windows], protocol: Protocol,
              names: tuple[str, str] = ("model", "probe")) -> list[Result]:
     """The protocol at the head of this file -> a result for each share of the labels. data: the
     windows of each split; names: of model and probe. fit(rows (n,) of the training windows, seed)
     -> the trained module, what is to be said of its training, the scores (N, K) of test clips."""
+    intervals = import_module("evaluation.intervals")
     training = data["train"].clip
     test = np.unique(data["test"].clip)
+    tags = dict(zip(clips.tags, clips.labels[test].sum(0, dtype=int)))
     # what is drawn: clips, or windows
     unit = np.arange(len(training)) if protocol.fraction_mode == "v1" else training
     units, first = np.unique(unit, return_index=True)
@@ -503,8 +422,8 @@ def evaluate(fit: Callable, clips, data: dict[str, Windows], protocol: Protocol,
     for fraction in protocol.fraction:
         runs, scores, modules = [], [], []
         for seed in range(protocol.seed, protocol.seed + protocol.seeds):
-            drawn = units[take_fraction(labels, fraction, seed, protocol.fraction_mode)]
-            rows = np.flatnonzero(np.isin(unit, drawn))
+            drawn = take_fraction(labels, fraction, seed, protocol.fraction_mode)
+            rows = np.flatnonzero(np.isin(unit, units[drawn]))
             module, info, scored = fit(rows, seed)
             heard = np.unique(training[rows])
             runs.append({"seed": seed, "clips": len(heard), "songs": len(set(clips.group[heard])),
@@ -512,61 +431,13 @@ def evaluate(fit: Callable, clips, data: dict[str, Windows], protocol: Protocol,
                          **info, **score(scored, clips.labels[test], clips.task)})
             scores.append(scored)
             modules.append(module)
-        draws = bootstrap(scores, clips.labels[test], clips.group[test], clips.task)
-        row = {**dict(zip(("model", "probe"), names)), "fraction": fraction,
-               **summary(runs, draws, clips, test), "runs": runs}
-        if not any((scores[0] != other).any() for other in scores[1:]):
-            row["std"] = dict.fromkeys(row["std"])  # one seed, or a fit to the optimum
+        draws = intervals.bootstrap(scores, clips.labels[test], clips.group[test], clips.task,
+                                    rank_metrics, score)
+        row = {"model": names[0], "probe": names[1], "fraction": fraction, "runs": runs,
+               **intervals.summary(runs, scores, draws, METRICS[clips.task], tags)}
         best = max(range(len(runs)), key=lambda i: runs[i]["valid"])
         results.append(Result(row, draws, np.mean(scores, 0), modules[best]))
     return results
-
-def summary(runs, draws, clips, test) -> dict:
-    """{mean, interval, per_tag, std} of every metric over the runs of all seeds."""
-    values = {name: np.stack([run[name] for run in runs]) for name in (*METRICS[clips.task], "tag")}
-    means = {name: mean(of_seeds, 0) for name, of_seeds in values.items()}
-    spans = {name: interval(draws[name], means[name]).clip(0, 1) for name in values}
-    positives = clips.labels[test].sum(0, dtype=int)
-    tags = zip(clips.tags, positives, means.pop("tag"), spans.pop("tag").T)
-    return {"mean": means, "interval": spans,
-            "per_tag": {tag: {"positives": n, "value": value, "interval": span}
-                        for tag, n, value, span in tags},
-            "std": {name: values[name].std(ddof=int(len(runs) > 1)) for name in means}}
-
-def add_neighbours(results: list[Result], data: dict[str, Windows], clips, k: int):
-    """Write the metrics of `neighbours`, among the clips of all splits, beside the others."""
-    parts = [by_clip(of) for of in data.values()]
-    clip = np.concatenate([of.clip for of in parts])
-    artist = getattr(clips, "artist", np.full(len(clips), ""))[clip]
-    song = clips.group[clip]
-    found = neighbours(torch.cat([of.x for of in parts]), clips.labels[clip], song, artist, k)
-    for name, values in found.items():
-        known = (~np.isnan(values)).astype(float)
-        if known.any():
-            values = np.nan_to_num(values)
-            blocks = [counts @ values / (counts @ known) for counts in resamples(song)]
-            draws = np.concatenate(blocks)
-            value = values.sum() / known.sum()
-            for result in results:
-                result.draws[f"{name}@{k}"] = draws
-                result.row["mean"][f"{name}@{k}"] = value
-                result.row["interval"][f"{name}@{k}"] = interval(draws, value).clip(0, 1)
-                result.row["std"][f"{name}@{k}"] = None
-
-def compare(results: list[Result], control: str = "untrained"):
-    """Write into each row its difference to the control with the same share of the labels."""
-    controls = {of.row["fraction"]: of for of in results if of.row["model"] == control}
-    for result in results if controls else ():
-        other = controls[result.row["fraction"]]
-        if other is not result:
-            differences = result.row[f"over_{control}"] = {}
-            for name, value in result.row["mean"].items():
-                more = value - other.row["mean"][name]
-                span = interval(result.draws[name] - other.draws[name], more)  # it is paired
-                differences[name] = {"mean": more, "interval": span}
-
-# --- program: what follows imports the siblings it needs when it is called, by name, so that this
-# file, copied alone, can be imported.
 
 def fresh(encoder: nn.Module, seed: int) -> nn.Module:
     """An untrained encoder of the same kind and sizes, initialised from the seed."""
@@ -574,112 +445,36 @@ def fresh(encoder: nn.Module, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return import_module("model").build_encoder(encoder.name, **encoder.sizes).eval()
 
-def trained_on(info: dict, load: Callable):
-    """The prepared data that the encoder of this info was trained on, in its folder or under its
-    name. load(name) -> clips, or ValueError or OSError."""
-    missing = FileNotFoundError("NAME: say what to evaluate on")
-    found = []
-    for name in filter(None, (info.get("data_folder"), info.get("data"))):
-        try:
-            found.append(load(name))
-        except (ValueError, OSError) as error:  # another one's folder, perhaps, that cannot be read
-            missing = error
-    for clips in found:
-        if clips.fingerprint == info["fingerprint"]:
-            return clips
-    if found:
-        return found[0]
-    raise missing
-
-def require_fit(info: dict, clips):
-    """ValueError where an encoder, by its info, cannot be evaluated on the clips."""
-    if clips.task == "none":
-        raise ValueError(f"{clips.name} has no labels: expected tagged data, e.g. prepared with "
-                         "--labels FILE.csv, or several folders with the same tags")
-    rate = info.get("sample_rate")
-    if rate not in (None, clips.sample_rate):
-        raise ValueError(f"the encoder works at {rate} Hz, {clips.name} is at {clips.sample_rate} "
-                         f"Hz: prepare it again with --sample-rate {rate}")
-
 def features_of(encoder: nn.Module, clips, data: dict[str, Windows], protocol: Protocol):
     """The windows of each split with their features (n, D) as x, read where they were kept."""
     model = import_module("model")
     device = model.choose_device(protocol.device)
     amp = model.choose_amp(device, protocol.amp)
     key = [2, model.weights_sha256(encoder), encoder.name, encoder.sizes, clips.fingerprint, amp]
-    store = _kernels("store", "features are computed each time")
-    kept = store.Kept(clips.folder / "features", key) if store else None
-    found = kept.read() if kept else None
+    kept = import_module("evaluation.store").Kept(clips.folder / "features", key)
+    found = kept.read()
     if found is None:
         fast = model.fold_batch_norm(encoder).to(device, DTYPE[amp])
         batch_size = 16 if device.type == "cpu" else 256
         size = encoder.input_samples
         found = {split: embed(fast, crops(clips, of, size, batch_size), len(of.clip))
                  for split, of in data.items()}
-        if kept:
-            kept.write(found)
+        kept.write(found)
     return {split: replace(of, x=found[split]) for split, of in data.items()}
-
-def read_features(path: Path, clips) -> dict[str, Windows]:
-    """Features that others made: a npz file with `features` (n, D) and of each row the `id` (n,) of
-    its clip, which may have several rows, its windows. ValueError where a clip has none."""
-    try:
-        with np.load(path) as file:
-            x = torch.from_numpy(file["features"].astype(np.float32))
-            ids = file["id"].astype(str).tolist()
-    except Exception as error:  # a damaged zip file, or another file, has many ways to say so
-        raise ValueError(f"{path}: expected a npz file with `id` (n,) and `features` (n, D); "
-                         f"{str(error).splitlines()[0]}") from None
-    number = {name: i for i, name in enumerate(clips.id.tolist())}
-    clip = np.array([number.get(name, -1) for name in ids])
-    missing = len(clips) - len(np.unique(clip[clip >= 0]))
-    if missing or len(ids) != len(x) or x.dim() != 2 or not x.isfinite().all():
-        raise ValueError(
-            f"{path}: {missing} of {len(clips)} clips of {clips.name} have no row; expected finite "
-            f"features (n, D) and n ids, got {tuple(x.shape)} and {len(ids)}")
-    return by_split(clips, x[clip >= 0], clip[clip >= 0])
-
-def probe_on(data: dict[str, Windows], task: str, protocol: Protocol) -> Callable:
-    """For `evaluate`: a probe trained on fixed features."""
-    training, valid, test = data.values()
-    tested, where = np.unique(test.clip, return_inverse=True)
-    fit = fit_probe if protocol.probe == "adam" else fit_lbfgs
-
-    def fit_and_score(rows, seed):
-        drawn = training if len(rows) == len(training.clip) else training[rows]  # no copy of all
-        probe, info = fit(drawn, valid, task, protocol, seed)
-        return probe, info, clip_scores(probe(test.x), where, len(tested), task)
-    return fit_and_score
 
 def network_on(data: dict[str, Windows], clips, protocol: Protocol, build: Callable,
                autocast: Callable = contextlib.nullcontext, half: bool = False) -> Callable:
     """For `evaluate`: encoder and layer trained together (section 4.3), the supervised baseline.
-    data: with starts as x; build(seed): the encoder. An epoch is one random window of every clip
-    (of mode v1 its windows), drawn anew until there are 100 steps: 540 clips make 11, after which
-    no validation score says anything yet."""
-    batch_size = protocol.batch_size or 48
-
+    data: with starts as x; build(seed): the encoder; autocast, half: as in `train`."""
     def fit(rows, seed):
         encoder = build(seed)
+        drawn = data["train"][rows]
         size = encoder.input_samples
         device = next(encoder.parameters()).device
-        rng = np.random.default_rng([seed, 2])
-        drawn = data["train"][rows]
-        if protocol.fraction_mode != "v1":
-            drawn = drawn[np.unique(drawn.clip, return_index=True)[1]]
-        n = len(drawn.clip)
-        n -= n % batch_size if n > batch_size else 0  # a short batch has odd statistics
-        rounds = math.ceil((protocol.min_steps or 100) / max(1, n // batch_size))
-
-        def batches():
-            for _ in range(rounds):
-                if protocol.fraction_mode != "v1":
-                    latest = clips.length[drawn.clip] - size
-                    drawn.x = torch.from_numpy(rng.integers(0, latest + 1))
-                epoch = drawn[rng.permutation(len(drawn.clip))[:n]]
-                audio = crops(clips, epoch, size, batch_size)
-                for x, y in zip(audio, epoch.y.float().split(batch_size)):
-                    yield x.to(device), y.to(device)
+        latest = None if protocol.fraction_mode == "v1" else clips.length[drawn.clip] - size
+        epochs = import_module("evaluation.epochs").Epochs(
+            drawn, latest, lambda *epoch: (x.to(device) for x in crops(clips, *epoch)), size,
+            (protocol.batch_size or 48, protocol.min_steps or 100, seed))
 
         def logits(split):
             with autocast():
@@ -692,7 +487,7 @@ def network_on(data: dict[str, Windows], clips, protocol: Protocol, build: Calla
             torch.manual_seed(seed)
             layer = nn.Linear(encoder.out_dim, drawn.y.shape[1])
             network = nn.Sequential(encoder, nn.Dropout(0.5), layer).to(device)
-            info = train(network, batches, validate, clips.task, protocol, autocast, half)
+            info = train(network, epochs, validate, clips.task, protocol, autocast, half)
         tested, where = np.unique(data["test"].clip, return_inverse=True)
         return network, info, clip_scores(logits("test"), where, len(tested), clips.task)
     return fit
@@ -700,7 +495,7 @@ def network_on(data: dict[str, Windows], clips, protocol: Protocol, build: Calla
 def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict, list, dict]:
     """All that a protocol asks of an encoder, with the info of its file ({}: untrained), on a data
     set -> what the metrics JSON holds, its results, and {model: {split: windows with features}}."""
-    require_fit(info, clips)
+    import_module("evaluation.command").require_fit(info, clips)
     model = import_module("model")
     device = model.choose_device(protocol.device)
     data = cut(clips, encoder.input_samples)
@@ -711,10 +506,12 @@ def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict
     take = model.Levels if protocol.features == "levels" else nn.Module.eval
     features = {name: features_of(take(net), clips, data, protocol) for name, net in frozen.items()}
     for path in protocol.features_from:
-        features[path.stem] = read_features(path, clips)
+        made_elsewhere = import_module("evaluation.store").read_features(path, clips)
+        features[path.stem] = by_split(clips, *made_elsewhere)
     results = []
     for name, of in features.items():
-        results += on_features(name, of, clips, protocol)
+        layer = " on levels" if name in frozen and protocol.features == "levels" else ""
+        results += on_features(name, layer, of, clips, protocol)
     if protocol.supervised:
         half = model.choose_amp(device, protocol.amp) == "fp16"
         fit = network_on(data, clips, protocol, lambda seed: fresh(encoder, seed).to(device),
@@ -723,29 +520,35 @@ def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict
     if any(model.weights_sha256(net) != sha256[name] for name, net in frozen.items()):
         raise RuntimeError("an encoder changed while it was evaluated: it was not frozen")
     for control in [name for name in features if name != results[0].row["model"]]:
-        compare(results, control)
-    about = {**info, "encoder": encoder.name, "sizes": encoder.sizes,
-             "sha256": list(sha256.values()), "unchanged": True}
-    code = {"versions": {**model.versions(), "numpy": np.__version__},
-            "code": model.code_version(), "device": str(device)}
-    tables = import_module("results.tables")
-    rows = [result.row for result in results]
-    used = next(iter(features.values()), data)
-    record = tables.of_evaluation(rows, METRICS[clips.task], clips, used)
-    record |= {"encoder": about, **code, "protocol": asdict(protocol)}
+        import_module("evaluation.intervals").compare(results, control)
+    record = import_module("results.tables").of_evaluation(
+        [result.row for result in results], METRICS[clips.task], clips,
+        next(iter(features.values()), data))
+    record["encoder"] = {**info, "encoder": encoder.name, "sizes": encoder.sizes,
+                         "sha256": list(sha256.values()), "unchanged": True}
+    record |= {"versions": {**model.versions(), "numpy": np.__version__},
+               "code": model.code_version(), "device": str(device), "protocol": asdict(protocol)}
     return record, results, features
 
-def on_features(name: str, data: dict[str, Windows], clips, protocol: Protocol) -> list[Result]:
-    """The results of a probe on fixed features, with the neighbours among them."""
+def on_features(name: str, layer: str, data: dict[str, Windows], clips, protocol: Protocol):
+    """The results of a probe on fixed features of that name, with the neighbours among them."""
     kind = f"hidden {protocol.hidden}" if protocol.hidden else "linear"
     kind = kind if protocol.probe == "adam" else protocol.probe
-    probed = data
-    if protocol.probe == "logistic":
-        probed = {split: by_clip(of) for split, of in data.items()}
-    fit = probe_on(probed, clips.task, protocol)
-    results = evaluate(fit, clips, probed, protocol, (name, kind))
+    of_clips = {split: by_clip(of) for split, of in data.items()}
+    probed = of_clips if protocol.probe == "logistic" else data
+    training, valid, test = probed.values()
+    tested, where = np.unique(test.clip, return_inverse=True)
+    fit_one = fit_probe if protocol.probe == "adam" else fit_lbfgs
+
+    def fit(rows, seed):
+        drawn = training if len(rows) == len(training.clip) else training[rows]  # no copy of all
+        probe, info = fit_one(drawn, valid, clips.task, protocol, seed)
+        return probe, info, clip_scores(probe(test.x), where, len(tested), clips.task)
+
+    results = evaluate(fit, clips, probed, protocol, (name, kind + layer))
     if protocol.neighbours:
-        add_neighbours(results, data, clips, protocol.neighbours)
+        near = import_module("evaluation.neighbours")
+        near.add(results, list(of_clips.values()), clips, protocol.neighbours)
     return results
 
 def export(encoder: nn.Module, result: Result, clips, folder: Path, tagger: bool) -> list[Path]:
@@ -757,34 +560,12 @@ def export(encoder: nn.Module, result: Result, clips, folder: Path, tagger: bool
     model.export_torchscript(encoder, paths[0], clips.sample_rate, info=info)
     model.export_program(encoder, paths[1], clips.sample_rate, info)
     if tagger:
-        name = "tagger"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            other = json.loads((folder / "tagger.ts.json").read_text(encoding="utf-8"))["data"]
-            name = name if other == clips.name else f"tagger-{clips.name}"
+        name = import_module("evaluation.command").tagger_name(folder, clips.name)
         head = (result.module, clips.tags, clips.task)
         paths += [folder / f"{name}.ts", folder / f"{name}.pt"]
         model.export_torchscript(encoder, paths[2], clips.sample_rate, *head, info)
         model.save_tagger(paths[3], encoder, *head, clips.sample_rate, **info)
     return paths
-
-def one_line(program: str, work: Callable) -> int:
-    """The exit code of work(); of what goes wrong one line on stderr, and no traceback."""
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError):  # there is none, or a notebook's
-                stream.reconfigure(errors="backslashreplace")  # names of files in any encoding
-        code = work()
-        print(end="", flush=True)
-        return code
-    except KeyboardInterrupt:
-        what = "interrupted; features that were computed are kept"
-    except BrokenPipeError:  # who reads has read enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        what = f"error: {str(error).strip().splitlines()[0]}"
-    print(f"{program}: {what}", file=sys.stderr)
-    return 1
 
 def build_parser():
     parser = argparse.ArgumentParser(
@@ -792,8 +573,8 @@ def build_parser():
         usage="python evaluate.py --ckpt FILE [--data NAME] [options]   (all of them: --help)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--data", nargs="+", metavar="NAME", help="prepared data, by a name under data/ or a path; "
-        "several are one set (default: what the encoder was trained on)")
+    add("--data", nargs="+", metavar="NAME", help="prepared data, names under data/ or paths: one "
+        "set (default: what the encoder was trained on)")
     add("--fraction", type=float, nargs="+", metavar="F", help="shares of the training labels")
     add("--fraction-mode", choices=["balanced", "v1"], help="v1: the released code's rule")
     add = parser.add_argument_group("model").add_argument
@@ -801,13 +582,12 @@ def build_parser():
     add("--encoder", default="samplecnn", help="without --ckpt: what --random, --supervised build")
     add("--width", type=float, default=1.0, help="without --ckpt: factor on all its channels")
     add("--features", choices=["last", "levels"], help="levels: mean and maximum of every block")
-    add("--features-from", type=Path, nargs="+", metavar="FILE", help="also features that others "
-        "made: npz files with `id` (n,), of clips, and `features` (n, D)")
+    add("--features-from", type=Path, nargs="+", metavar="NPZ", help="also features of others")
     add("--random", action="store_true", help="also the same probe on an untrained encoder")
     add("--supervised", action="store_true", help="also an encoder trained together with its layer")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--probe", choices=["adam", "lbfgs", "logistic"], help="lbfgs: logistic regression to its "
-        "optimum; logistic: the same on the means of clips")
+    add("--probe", choices=["adam", "lbfgs", "logistic"],
+        help="lbfgs: to the optimum; logistic: the same, of clips in place of windows")
     add("--hidden", type=int, metavar="N", help="units of a hidden layer; 0: a linear probe")
     add("--lr", type=float, help="Adam's learning rate")
     add("--epochs", type=int, metavar="N", help="the most epochs")
@@ -824,43 +604,18 @@ def build_parser():
     parser.set_defaults(**{field.name: field.default for field in fields(Protocol)})
     return parser
 
-def check(parser, args, given):
-    """End with one line where flags make no sense together."""
-    encoders = import_module("model").ENCODERS
-    missing = [str(path) for path in (args.ckpt, *args.features_from) if path and not path.exists()]
-    numbers = [args.seeds, args.epochs, args.min_steps, args.batch_size, args.hidden + 1]
-    for wrong, what in (
-            (missing, f"{', '.join(missing)}: no such file"),
-            (not (args.ckpt or args.random or args.supervised or args.features_from),
-             "type --ckpt runs/NAME/encoder.pt"),
-            (not all(0 < f <= 1 for f in args.fraction), "--fraction is in (0, 1], e.g. 0.01 1"),
-            (args.hidden and args.probe != "adam", "--hidden is of --probe adam: leave it out"),
-            (args.encoder not in encoders, f"--encoder: there are {', '.join(encoders)}"),
-            (args.ckpt and given & {"encoder", "width"},
-             "--ckpt says what encoder it is: leave out --encoder, --width"),
-            (args.out and args.out.is_dir(), f"--out: {args.out} is a folder"),
-            (min(n for n in numbers if n is not None) < 1, "--seeds, --epochs ... are at least 1")):
-        if wrong:
-            parser.error(what)
-
-def home_of(ckpt) -> Path:
-    """Where results go: beside the checkpoint of a run; a file from elsewhere, as those in demo/,
-    has a folder of its own."""
-    if not ckpt or (ckpt.parent / "log.jsonl").exists():
-        return ckpt.parent if ckpt else Path("runs")
-    return Path("runs", f"{ckpt.resolve().parent.name}-{ckpt.stem}")
-
 def main(argv=None):
     import model
     import prepare
+    from evaluation import command
     from results import tables
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
     for name in ("fraction", "features_from"):
         setattr(args, name, tuple(getattr(args, name)))
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    check(parser, args, given)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    command.check(parser, args, given, model.ENCODERS)
 
     def load(names):
         return prepare.Clips([prepare.find(name) for name in np.atleast_1d(names)])
@@ -870,30 +625,26 @@ def main(argv=None):
         encoder, info = model.load_encoder(args.ckpt) if args.ckpt else (None, {})
         encoder = encoder or fresh(model.build_encoder(args.encoder, width=args.width), args.seed)
         try:
-            clips = load(args.data) if args.data else trained_on(info, load)
+            clips = load(args.data) if args.data else command.trained_on(info, load)
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
         record, results, _ = run(encoder, info, clips, protocol)
         record["argv"] = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
         record["protocol"] |= {"ckpt": args.ckpt, "data": args.data}
-        unnamed = {"data", "ckpt", "random", "seeds", "device", "out", "export", "neighbours"}
-        name = f"evaluate-{clips.name}"
-        for flag in sorted(given - unnamed):
-            values = [getattr(value, "stem", value) for value in np.atleast_1d(getattr(args, flag))]
-            name = "-".join([name, flag.replace("_", "-"), *map(str, values)])
-        paths = [args.out or home_of(args.ckpt) / f"{name}.json"]
+        home = command.home_of(args.ckpt)
+        paths = [args.out or home / command.file_name(clips.name, given)]
         model.write_atomically(paths[0], tables.to_json(record).encode())
         if args.ckpt:
-            of_levels = args.features == "levels"
-            folder = args.export or home_of(args.ckpt) / ("levels" if of_levels else "")
-            best = max(results[: len(args.fraction)], key=lambda of: of.row["fraction"])
+            best = max(results[: len(args.fraction)], key=lambda result: result.row["fraction"])
             # a tagger by fewer labels must not replace one unasked
             tagger = best.row["fraction"] == 1 or args.export is not None
-            encoder = model.Levels(encoder) if of_levels else encoder
-            paths += export(encoder, best, clips, folder, tagger)
+            if args.features == "levels":
+                encoder = model.Levels(encoder)
+                home = home / "levels"
+            paths += export(encoder, best, clips, args.export or home, tagger)
         print(tables.table(record), *paths, sep="\n")
         return 0
-    return one_line("evaluate.py", work)
+    return command.one_line("evaluate.py", work)
 
 if __name__ == "__main__":
     sys.exit(main())

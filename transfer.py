@@ -260,7 +260,6 @@ def cell_of(source: tuple, clips, protocol, plots: Path | None) -> dict:
         protocol = replace(protocol, random=True)
     print(f"{name} on {clips.name}, hidden units of the probe: {protocol.hidden}", file=sys.stderr)
     record, results, features = evaluate.run(encoder, info, clips, protocol)
-    metrics = evaluate.METRICS[clips.task]
     if plots and info:
         hidden = f"-hidden-{protocol.hidden}" if protocol.hidden else ""
         folder = plots / f"{name}-{clips.name}{hidden}"
@@ -270,7 +269,7 @@ def cell_of(source: tuple, clips, protocol, plots: Path | None) -> dict:
     row = results[0].row
     return {"source": name, "target": clips.name, "mark": mark(info, clips, load_data),
             "encoder": record["encoder"], "data": record["data"], **row,
-            "text": {metric: tables.cell(row, metric) for metric in metrics}}
+            "text": {metric: tables.cell(row, metric) for metric in row["mean"]}}
 
 
 @functools.cache
@@ -287,11 +286,13 @@ def write_grid(cells: list[dict], targets: dict, out: Path, how: dict):
     tables = import_module("results.tables")
     metrics = {name: evaluate.METRICS[clips.task] for name, clips in targets.items()}
     shown = {name: dict(list(of.items())[:2]) for name, of in metrics.items()}
+    found = {c["target"]: [name for name in c["mean"] if "@" in name] for c in cells}
     data = {c["target"]: {"metrics": metrics[c["target"]], **c.pop("data")} for c in cells}
     seeds = how["protocol"]["seeds"]
     caption = (f"In percent: mean ± standard deviation over {seeds} seeds, [95 % interval over "
                "test songs].")
-    result = {"kind": "transfer", "caption": caption, "table": grid(cells, shown), **how,
+    columns = {name: of | dict(zip(found[name], found[name])) for name, of in shown.items()}
+    result = {"kind": "transfer", "caption": caption, "table": grid(cells, columns), **how,
               "versions": model.versions(), "code": model.code_version(), "targets": data,
               "cells": cells}
     model.write_atomically(out, tables.to_json(result).encode())
@@ -320,12 +321,14 @@ def build_parser():
         help="instead: --plots of metrics JSON files")
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", nargs="+", default=[], metavar="NAME=FILE", help="encoders and their rows' names")
+    add("--features", choices=["last", "levels"], default="last", help="as in evaluate.py")
     add("--random", action="store_true", help="also an untrained encoder of every kind and size")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--probe", choices=["adam", "lbfgs"], default="adam", help="as in evaluate.py")
+    add("--probe", choices=["adam", "lbfgs", "logistic"], default="adam", help="as in evaluate.py")
     add("--hidden", type=int, nargs="+", default=[0], metavar="N",
         help="units of the probe's hidden layer; 0: linear")
     add("--min-steps", type=int, default=500, metavar="N", help="as in evaluate.py")
+    add("--neighbours", type=int, default=0, metavar="K", help="as in evaluate.py")
     add = parser.add_argument_group("run").add_argument
     add("--seeds", type=int, default=3, metavar="N", help="how many seeds")
     add("--seed", type=int, default=0, help="the first of them")
@@ -359,6 +362,7 @@ def check(parser, args, sources):
 def main(argv=None):
     import evaluate
     import model
+    from evaluation import command
     model.tune_allocator()
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -384,7 +388,7 @@ def main(argv=None):
         rows = read_sources(sources, args.random)
         for clips in targets.values():  # before hours of work
             for _, encoder, info in rows:
-                evaluate.require_fit(info, clips)
+                command.require_fit(info, clips)
                 evaluate.cut(clips, encoder.input_samples)
         names = {field.name for field in fields(evaluate.Protocol)} & vars(args).keys()
         given = {name: getattr(args, name) for name in names - {"random", "hidden", "fraction"}}
@@ -394,7 +398,7 @@ def main(argv=None):
         argv_shown = ["transfer.py", *(sys.argv[1:] if argv is None else argv)]
         write_grid(cells, targets, args.out, {"argv": argv_shown, "protocol": vars(args)})
         return 0
-    return evaluate.one_line("transfer.py", draw_results if args.results else work)
+    return command.one_line("transfer.py", draw_results if args.results else work)
 
 
 if __name__ == "__main__":

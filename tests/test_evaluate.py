@@ -13,7 +13,7 @@ from torch import nn
 import evaluate
 import model
 from evaluate import Protocol, Windows
-from kernels import ranks
+from evaluation import intervals, neighbours
 
 torch.set_num_threads(1)
 WIDTH = 1 / 16  # an encoder that is fast, and whose numbers mean nothing
@@ -64,7 +64,7 @@ def test_metrics_in_resamples_equal_scikit_learn_with_weights():
     scores = rng.integers(0, 9, 60) / 9
     labels = rng.integers(0, 2, 60)
     counts = rng.integers(0, 3, (5, 60))
-    roc, pr = ranks.Ranking(scores, labels)(torch.from_numpy(counts.T.astype(np.float64)))
+    roc, pr = intervals.Ranking(scores, labels)(torch.from_numpy(counts.T.astype(np.float64)))
     for b, weights in enumerate(counts):
         wanted = roc_auc_score(labels, scores, sample_weight=weights)
         assert roc[b] == pytest.approx(wanted, abs=1e-12)
@@ -141,20 +141,25 @@ def test_tensors_with_a_graph_are_scored_as_arrays_are():
 
 # ------------------------------------------------------------------------------------ bootstrap
 
+def bootstrap(scores, labels, songs, task="multilabel", n=1000):
+    functions = (evaluate.rank_metrics, evaluate.score)
+    return intervals.bootstrap(scores, labels, songs, task, *functions, n)
+
+
 @pytest.fixture(scope="module")
 def noisy():
     """Scores and labels of 60 clips and 4 tags, and two seeds' draws, each clip a song."""
     rng = np.random.default_rng(0)
     labels = (rng.random((60, 4)) < 0.4).astype(np.uint8)
     scores = labels + rng.normal(0, 1, (60, 4))
-    return scores, labels, evaluate.bootstrap([scores, scores], labels, np.arange(60), n=300)
+    return scores, labels, bootstrap([scores, scores], labels, np.arange(60), n=300)
 
 
 @pytest.mark.parametrize("name", ["roc_auc", "pr_auc", "clip_roc_auc", "clip_pr_auc"])
 def test_an_interval_holds_its_value(noisy, name):
     scores, labels, draws = noisy
     value = evaluate.score(scores, labels)[name]
-    low, high = evaluate.interval(draws[name], value)
+    low, high = intervals.interval(draws[name], value)
     assert low < value < high
     assert high - low < 0.4
 
@@ -163,29 +168,48 @@ def test_clips_of_a_song_stay_together(noisy):
     scores, labels, draws = noisy
     scores, labels = np.repeat(scores, 2, 0), np.repeat(labels, 2, 0)
     songs = np.repeat(np.arange(60), 2)
-    same = evaluate.bootstrap([scores], labels, songs, n=300)["roc_auc"]
+    same = bootstrap([scores], labels, songs, n=300)["roc_auc"]
     assert same == pytest.approx(draws["roc_auc"], abs=1e-12)  # as many songs as before
-    apart = evaluate.bootstrap([scores], labels, np.arange(120), n=300)["roc_auc"]
+    apart = bootstrap([scores], labels, np.arange(120), n=300)["roc_auc"]
     assert apart.std() < 0.85 * same.std()
 
 
 def test_what_is_always_right_is_right_in_every_resample():
     labels = np.eye(4, dtype=int)
-    draws = evaluate.bootstrap([np.eye(4)], labels, np.arange(4), "singlelabel", n=10)
+    draws = bootstrap([np.eye(4)], labels, np.arange(4), "singlelabel", n=10)
     assert (draws["accuracy"] == 1).all()
 
 
 @pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "no ties"])
-def test_resamples_without_kernels_give_the_same(levels, monkeypatch):
+@pytest.mark.parametrize("task", ["multilabel", "singlelabel"])
+def test_metrics_in_resamples_are_those_of_their_clips(task, levels):
     rng = np.random.default_rng(levels)
     labels = (rng.random((50, 5)) < [0.02, 0.1, 0.3, 0.5, 0]).astype(np.uint8)
+    labels = np.eye(5, dtype=int)[rng.integers(0, 3, 50)] if task == "singlelabel" else labels
     scores = rng.integers(0, levels, (2, 50, 5)) / levels
-    fast = evaluate.bootstrap(scores, labels, np.arange(50) // 2, n=100)
-    monkeypatch.setattr(evaluate, "_kernels", lambda name, otherwise: None)
-    plain = evaluate.bootstrap(scores, labels, np.arange(50) // 2, n=100)
-    assert set(fast) == set(plain)
-    for name in plain:
-        assert np.allclose(fast[name], plain[name], rtol=0, atol=1e-12, equal_nan=True), name
+    songs = np.arange(50) // 2
+    fast = bootstrap(scores, labels, songs, task, n=100)
+    for b, counts in enumerate(np.concatenate(list(intervals.resamples(songs, 100)))):
+        rows = np.repeat(np.arange(50), counts)
+        runs = [evaluate.score(of_seed[rows], labels[rows], task) for of_seed in scores]
+        for name in fast:
+            plain = np.mean([run[name] for run in runs], 0)
+            assert np.allclose(fast[name][b], plain, rtol=0, atol=1e-12, equal_nan=True), name
+
+
+def test_a_metric_of_ones_own_has_draws(noisy):
+    """One function, its key in `score` and in METRICS: that is all that a new metric takes."""
+    scores, labels, _ = noisy
+
+    def score(scores, labels, task):
+        return {**evaluate.score(scores, labels, task), "largest": scores.max()}
+
+    songs = np.arange(60)
+    functions = (evaluate.rank_metrics, score)
+    draws = intervals.bootstrap([scores], labels, songs, "multilabel", *functions, 9)
+    assert set(draws) == {"roc_auc", "pr_auc", "tag", "clip_roc_auc", "clip_pr_auc", "largest"}
+    first = next(intervals.resamples(songs, 9))[0]
+    assert draws["largest"][0] == scores[first > 0].max()
 
 
 # ------------------------------------------------------------------------- windows and fractions
@@ -439,7 +463,7 @@ def plain_neighbours(x, labels, song, artist, k):
 
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_neighbours_equal_those_of_a_loop(circle, k):
-    got = evaluate.neighbours(*circle, k)
+    got = neighbours.neighbours(*circle, k)
     for name, wanted in plain_neighbours(*circle, k).items():
         assert np.allclose(got[name], wanted, atol=1e-6, equal_nan=True), name
 
@@ -447,14 +471,14 @@ def test_neighbours_equal_those_of_a_loop(circle, k):
 def test_neighbours_of_single_labels_are_of_the_same_class_or_not(circle):
     x, _, song, _ = circle
     classes = np.eye(2, dtype=int)[[0, 0, 0, 0, 1, 1, 1, 1]]
-    got = evaluate.neighbours(x, classes, song, np.full(8, ""), 1)
+    got = neighbours.neighbours(x, classes, song, np.full(8, ""), 1)
     assert set(got["labels"]) <= {0.0, 1.0}
     assert np.isnan(got["artist"]).all()
 
 
 def test_clips_of_a_song_are_not_each_others_neighbours(circle):
     x, labels, _, _ = circle
-    got = evaluate.neighbours(x, labels, np.arange(8) // 2, np.full(8, ""), 1)
-    alone = evaluate.neighbours(x, labels, np.arange(8), np.full(8, ""), 1)
+    got = neighbours.neighbours(x, labels, np.arange(8) // 2, np.full(8, ""), 1)
+    alone = neighbours.neighbours(x, labels, np.arange(8), np.full(8, ""), 1)
     assert alone["labels"][0] == 1.0  # the other of its pair
     assert got["labels"][0] != alone["labels"][0]

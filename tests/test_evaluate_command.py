@@ -13,6 +13,7 @@ import evaluate
 import model
 import prepare
 from conftest import ROOT
+from evaluation import command
 
 torch.set_num_threads(1)
 FEW = ["--min-steps", "5", "--epochs", "8"]  # a probe need not be good to be tested
@@ -226,23 +227,25 @@ def test_other_data_do_not_replace_the_tagger(checkpoint, evaluated, tiny_single
     ({"data": "a", "data_folder": "/gone/a", "fingerprint": "2"}, "a"),
     ({"data": "b", "data_folder": "/disk/a", "fingerprint": "3"}, "b"),  # another set is there now
     ({"data": "a", "data_folder": "/disk/a", "fingerprint": "0"}, "/disk/a"),
+    ({"data": "a+b", "data_folder": "a b", "fingerprint": "4"}, "a b"),
 ])
 def test_by_default_the_data_that_the_encoder_was_trained_on(info, wanted):
-    folders = {"/disk/a": "1", "a": "2", "b": "3"}
+    fingerprints = {"/disk/a": "1", "a": "2", "b": "3", "a b": "4"}
 
-    def load(name):
-        if name not in folders:
-            raise FileNotFoundError(f"{name}: not prepared")
-        return SimpleNamespace(name=name, fingerprint=folders[name])
+    def load(names):
+        names = [names] if isinstance(names, str) else names
+        if not set(names) <= {"/disk/a", "a", "b"}:
+            raise FileNotFoundError(f"{names}: not prepared")
+        return SimpleNamespace(name=" ".join(names), fingerprint=fingerprints[" ".join(names)])
 
-    assert evaluate.trained_on(info, load).name == wanted
+    assert command.trained_on(info, load).name == wanted
 
 
 def test_data_that_are_gone_are_named():
     def load(name):
         raise FileNotFoundError(f"{name}: not prepared")
     with pytest.raises(FileNotFoundError, match="gone: not prepared"):
-        evaluate.trained_on({"data": "gone"}, load)
+        command.trained_on({"data": "gone"}, load)
 
 
 def test_several_folders_are_one_set(checkpoint, tiny_data, tmp_path):
@@ -384,7 +387,7 @@ def test_neighbours_stand_beside_the_other_metrics(checkpoint, tmp_path):
     (["--random", "--data", "x", "--min-steps", "0"], 2, "at least 1"),
     (["--random", "--data", "x", "--encoder", "resnet"], 2, "samplecnn-large"),
     (["--ckpt", __file__, "--data", "x", "--width", "0.5"], 2, "--width"),
-    (["--ckpt", __file__, "--data", "x"], 1, "cannot be read as a checkpoint"),
+    (["--ckpt", __file__, "--data", "x"], 1, "cannot be read"),
 ])
 def test_bad_commands_get_one_line(flags, code, says, capsys):
     try:
@@ -431,6 +434,21 @@ def test_a_reader_that_has_read_enough_is_no_error(checkpoint, evaluated, run, t
     os.close(write)
     assert done.stderr == ""
     assert (tmp_path / "tagger.ts").exists()  # all files are written before the table is printed
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line(run):
+    code = ("from evaluation.command import one_line; "
+            "one_line('evaluate.py', lambda: print('a') or 0)")
+    with open("/dev/full", "w") as full:
+        done = run(["-c", code], capture_output=False, stdout=full, stderr=-1)
+    assert done.stderr == "evaluate.py: error: [Errno 28] No space left on device\n"
+
+
+def test_no_terminal_at_all_is_no_error(run):
+    code = ("import sys; sys.stdout = sys.stderr = None; from evaluation.command import one_line; "
+            "sys.exit(one_line('evaluate.py', lambda: print('a') or 0))")
+    assert run(["-c", code]).returncode == 0
 
 
 def test_a_bug_is_not_turned_into_one_line(checkpoint, monkeypatch):

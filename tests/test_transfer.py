@@ -159,6 +159,17 @@ def test_every_kind_of_encoder_has_its_own_control(tiny_data, tiny_single, tmp_p
         ("untrained cpc, width 0.015625", "cpc")}
 
 
+def test_levels_a_probe_of_clips_and_neighbours_in_the_grid(tiny_data, tmp_path):
+    save_encoder(tmp_path / "a.pt")
+    argv = ["--ckpt", f"A={tmp_path / 'a.pt'}", "--data", str(tiny_data), "--random", "--probe",
+            "logistic", "--features", "levels", "--neighbours", "3", *FEW,
+            "--out", str(tmp_path / "t.json")]
+    assert transfer.main(argv) == 0
+    rows = json.loads((tmp_path / "t.json").read_text())["table"]
+    assert [row["probe"] for row in rows] == ["logistic on levels"] * 2
+    assert f"{prepare.Clips(tiny_data).name} labels@3" in rows[0]
+
+
 # ----------------------------------------------------------------------------------------- pictures
 
 def test_every_cell_of_an_encoder_has_its_pictures(grid):
@@ -246,7 +257,7 @@ def test_bad_commands_get_one_line(flags, code, says, capsys):
 
 def test_a_checkpoint_of_another_format_is_refused(capsys, tiny_data):
     assert transfer.main(["--ckpt", f"A={__file__}", "--data", str(tiny_data)]) == 1
-    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture
