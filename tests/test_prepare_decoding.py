@@ -15,6 +15,7 @@ import torchaudio
 
 import prepare
 from conftest import ROOT
+import recordings
 from recordings import bad_files, encoded, noise, tone, without_count
 from splits import containers, formats
 
@@ -409,3 +410,10 @@ def test_hours_of_audio_take_little_memory(tmp_path, python):
     length, mebibytes = map(int, done.stdout.split())
     assert length == 3600 * 22050
     assert mebibytes < 150
+
+
+def test_opus_by_ffmpeg_is_read_beyond_its_first_ten_seconds(tmp_path, monkeypatch):
+    monkeypatch.setitem(recordings.FOREIGN, "opus", ("ogg", "libopus"))
+    file = tmp_path / "a.opus"
+    file.write_bytes(recordings.foreign("opus", noise(25, 48000), 48000))
+    assert abs(len(prepare.decode(file, 22050)) - 25 * 22050) < 22050 * 0.05
