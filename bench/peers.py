@@ -1,0 +1,186 @@
+"""What others hear in the same music: features of published extractors, scored by the protocol of evaluate.py.
+
+    python bench/peers.py setup                                   # an environment of their own in build/peers (some minutes)
+    python bench/peers.py extract --data moods                    # features/moods/NAME.npz of every peer, a row a clip
+    python bench/peers.py extract --data moods --peer mfcc        # of one of them
+
+Peers:
+  mfcc          20 MFCCs by torch and torchaudio's functional: mean, deviation, deviation of their differences (60 numbers)
+  bliss         bliss-audio 0.2.0, made by hand for playlists (23 numbers)
+  musicnn-mtt   musicnn 0.1.0, supervised on MagnaTagATune: its penultimate layer (200 numbers), and its 50 probabilities
+  musicnn-msd   the same, supervised on 200,000 songs of the Million Song Dataset
+
+All of them are given the samples of the prepared folder, so that nobody hears more than another. musicnn was made for
+TensorFlow 1: it runs under 2.21 with legacy Keras and NumPy 1.26. Two things are done otherwise than in its own extractor,
+which are faults there: the spectrogram stays float32 (10,000 times a float16 overflows), and each window gets its own
+features (the extractor repeats those of the first).
+
+A features file holds `id` (N,) str, `features` (N, D) float32, `seconds`, of one core, for all of them; musicnn's also
+`probabilities` (N, 50) and `tags`. `evaluate.py --features-from` scores it.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ["tensorflow-cpu==2.21.*", "tf_keras", "librosa==0.11.*", "bliss-audio==0.2.0", "scipy", "numpy==1.26.*"]
+MUSICNN = {"musicnn-mtt": "MTT_musicnn", "musicnn-msd": "MSD_musicnn"}
+
+
+def setup(folder):
+    """The peers' environment: they need another NumPy than the project, and TensorFlow."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *PACKAGES], check=True)
+    subprocess.run([*install, "--no-deps", "musicnn==0.1.0"], check=True)  # it asks for TensorFlow 1
+
+
+def clips_of(folder):
+    """(ids, sample rate, a function: i -> samples (T,) float32) of a prepared folder, by numpy alone."""
+    import json
+
+    meta = json.loads((folder / "meta.json").read_text())
+    with np.load(folder / "clips.npz") as table:
+        ids, start, length = table["id"], table["start"], table["length"]
+    audio = np.load(folder / "audio.npy", mmap_mode="r")
+    return ids, meta["sample_rate"], lambda i: audio[start[i] : start[i] + length[i]].astype(np.float32) / 32768
+
+
+class Mfcc:
+    """Means and deviations of 20 MFCCs: what a decade of music information retrieval began with."""
+
+    def __init__(self, sample_rate):
+        import torch
+        from torchaudio import functional
+
+        torch.set_num_threads(1)
+        self.window = torch.hann_window(2048)
+        self.mel = functional.melscale_fbanks(1025, 0.0, sample_rate / 2, 128, sample_rate, "slaney", "slaney")
+        self.dct = functional.create_dct(20, 128, "ortho")
+
+    def __call__(self, samples):
+        import torch
+
+        bins = torch.stft(torch.from_numpy(samples), 2048, 512, window=self.window, return_complex=True)
+        decibels = 10 * (bins.abs().square().T @ self.mel).clamp_min(1e-10).log10()  # (frames, 128)
+        mfcc = decibels.clamp_min(decibels.max() - 80) @ self.dct  # (frames, 20)
+        return {"features": torch.cat([mfcc.mean(0), mfcc.std(0), mfcc.diff(dim=0).std(0)]).numpy()}
+
+
+class Bliss:
+    """bliss-audio reads files alone, so each clip becomes a wav for a moment."""
+
+    def __init__(self, sample_rate):
+        self.sample_rate = sample_rate
+
+    def __call__(self, samples):
+        from bliss_audio import Song
+
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            with wave.open(file.name, "wb") as out:
+                out.setnchannels(1)
+                out.setsampwidth(2)
+                out.setframerate(self.sample_rate)
+                out.writeframes((samples * 32768).astype("<i2").tobytes())
+            return {"features": np.array(Song(file.name).analysis, np.float32)}
+
+
+class Musicnn:
+    """Penultimate layer and probabilities, the mean over windows of 3 s (187 frames, at 16 kHz), in one session."""
+
+    def __init__(self, sample_rate, name):
+        os.environ["TF_USE_LEGACY_KERAS"] = "1"
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        import tensorflow as tf
+        from musicnn import configuration, models
+
+        self.sample_rate = sample_rate
+        self.tags = configuration.MTT_LABELS if "MTT" in name else configuration.MSD_LABELS
+        v1 = tf.compat.v1
+        v1.disable_eager_execution()
+        self.input = v1.placeholder(tf.float32, [None, 187, configuration.N_MELS])
+        with tf.name_scope("model"):
+            logits, *_, penultimate = models.define_model(self.input, False, name, len(self.tags))
+        self.outputs = [penultimate, tf.sigmoid(logits)]
+        one_thread = v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
+        self.session = v1.Session(config=one_thread)
+        v1.train.Saver().restore(self.session, f"{Path(models.__file__).parent / name}/")
+
+    def __call__(self, samples):
+        import librosa
+        from scipy.signal import resample_poly
+
+        up, down = 16000 // np.gcd(16000, self.sample_rate), self.sample_rate // np.gcd(16000, self.sample_rate)
+        samples = resample_poly(samples, up, down).astype(np.float32)
+        samples = np.pad(samples, (0, max(0, 187 * 256 - len(samples))))  # at least one window
+        mel = librosa.feature.melspectrogram(y=samples, sr=16000, n_fft=512, hop_length=256, n_mels=96).T
+        mel = np.log10(10000 * mel + 1)
+        windows = np.stack([mel[i : i + 187] for i in range(0, len(mel) - 186, 187)])
+        features, probabilities = self.session.run(self.outputs, {self.input: windows})
+        return {"features": features.mean(0), "probabilities": probabilities.mean(0)}
+
+
+def build(peer, sample_rate):
+    """The extractor of that name: samples (T,) -> {"features": (D,), ...}."""
+    if peer in MUSICNN:
+        return Musicnn(sample_rate, MUSICNN[peer])
+    return {"mfcc": Mfcc, "bliss": Bliss}[peer](sample_rate)
+
+
+def extract(peer, folder, out, every):
+    """Features of every `every`-th clip of a prepared folder, into one npz."""
+    ids, sample_rate, samples = clips_of(folder)
+    extractor = build(peer, sample_rate)
+    extractor(samples(0))  # what is done once is not counted
+    began = time.process_time()
+    chosen = range(0, len(ids), every)
+    rows = [extractor(samples(i)) for i in chosen]
+    seconds = time.process_time() - began
+    columns = {name: np.stack([row[name] for row in rows]).astype(np.float32) for name in rows[0]}
+    about = {"tags": np.array(extractor.tags)} if hasattr(extractor, "tags") else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(out, id=ids[::every], seconds=seconds, **columns, **about)
+    print(f"{out}: {len(rows)} clips, {columns['features'].shape[1]} numbers, {len(rows) / seconds:.1f} clips/s of a core")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="peers.py", description="Features of published extractors.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=["setup", "extract"], help="make the environment, or features")
+    add("--data", type=Path, default=Path("data/demo"), help="a prepared folder: a name under data/ or a path")
+    add("--peer", nargs="+", default=["mfcc", "bliss", *MUSICNN], help="which of them")
+    add("--every", type=int, default=1, metavar="N", help="of every N-th clip alone")
+    add("--env", type=Path, default=Path("build/peers"), metavar="DIR", help="the peers' environment")
+    add("--out", type=Path, default=Path("build/features"), metavar="DIR", help="for DATA/PEER.npz")
+    add("--inside", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.what == "setup":
+        setup(args.env)
+        return 0
+    folder = args.data if (args.data / "meta.json").exists() else Path("data") / args.data
+    for peer in args.peer:
+        if peer == "mfcc" or args.inside:
+            extract(peer, folder, args.out / folder.name / f"{peer}.npz", args.every)
+            continue
+        # TensorFlow and the project's packages do not live in one environment
+        command = [args.env / "bin/python", __file__, "extract", "--inside", "--data", folder, "--peer", peer,
+                   "--every", args.every, "--out", args.out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        subprocess.run([str(part) for part in command], check=True, env=environment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
