@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the tagger that ships: a linear layer on demo/encoder.pt that repeats what musicnn hears in freely licensed music.
+"""Train the tagger that ships: a linear layer on the levels of demo/encoder.pt that says what musicnn hears in free music.
 
     python bench/peers.py extract --data free game --peer musicnn-mtt        # its probabilities of MagnaTagATune's 50 tags
     python demo/build_tagger.py --data free game # demo/tagger.pt, tagger.ts, and the JSON of its scores
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+PENALTIES = (1e-5, 1e-4, 1e-3)
 
 
 def part_of(artist):
@@ -93,7 +93,7 @@ def fit(h, clip, target, penalty):
     layer = nn.Linear(h.shape[1], target.shape[1])
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    optimiser = torch.optim.LBFGS(layer.parameters(), 1, 200, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(layer.parameters(), 1, 100, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
@@ -196,6 +196,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     model.tune_allocator()
     encoder, info = model.load_encoder(args.ckpt)
+    encoder = model.Levels(encoder).eval()
     h, owner, targets, artists, tags = load(args, encoder)
     parts = np.array([part_of(artist) for artist in artists])
     centre, scale = standardised(h, rows_of(owner, parts == "train")[0])
