@@ -1,22 +1,25 @@
-"""What others hear in the same music: features of published extractors, scored by the protocol of evaluate.py.
+"""What others hear in the same music: features of published extractors, a row a clip.
 
-    python bench/peers.py setup                                   # an environment of their own in build/peers (some minutes)
-    python bench/peers.py extract --data moods                    # features/moods/NAME.npz of every peer, a row a clip
-    python bench/peers.py extract --data moods --peer mfcc        # of one of them
+    python bench/peers.py setup                              # an environment of their own, build/peers
+    python bench/peers.py extract --data moods               # build/features/moods/NAME.npz of each
+    python bench/peers.py extract --data moods --peer mfcc   # of one of them
 
 Peers:
-  mfcc          20 MFCCs by torch and torchaudio's functional: mean, deviation, deviation of their differences (60 numbers)
+  mfcc          20 MFCCs by torch and torchaudio's functional: mean, deviation, deviation of their
+                differences (60 numbers)
   bliss         bliss-audio 0.2.0, made by hand for playlists (23 numbers)
-  musicnn-mtt   musicnn 0.1.0, supervised on MagnaTagATune: its penultimate layer (200 numbers), and its 50 probabilities
+  musicnn-mtt   musicnn 0.1.0, supervised on MagnaTagATune: its penultimate layer (200 numbers),
+                and its 50 probabilities
   musicnn-msd   the same, supervised on 200,000 songs of the Million Song Dataset
 
-All of them are given the samples of the prepared folder, so that nobody hears more than another. musicnn was made for
-TensorFlow 1: it runs under 2.21 with legacy Keras and NumPy 1.26. Two things are done otherwise than in its own extractor,
-which are faults there: the spectrogram stays float32 (10,000 times a float16 overflows), and each window gets its own
-features (the extractor repeats those of the first).
+All are given the samples of the prepared folder, so that nobody hears more than another. musicnn
+was made for TensorFlow 1: it runs under 2.21 with legacy Keras and NumPy 1.26. Two things are done
+otherwise than in its own extractor, which are faults there: the spectrogram stays float32 (10,000
+times a float16 overflows), and each window gets its own features (the extractor repeats those of
+the first).
 
-A features file holds `id` (N,) str, `features` (N, D) float32, `seconds`, of one core, for all of them; musicnn's also
-`probabilities` (N, 50) and `tags`. `evaluate.py --features-from` scores it.
+A features file holds `id` (N,) str, `features` (N, D) float32, and `seconds`, of one core, for all
+of them; musicnn's also `probabilities` (N, 50) and `tags`. `evaluate.py --features-from` scores it.
 """
 import argparse
 import os
@@ -30,7 +33,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["tensorflow-cpu==2.21.*", "tf_keras", "librosa==0.11.*", "bliss-audio==0.2.0", "scipy", "numpy==1.26.*"]
+PACKAGES = ["tensorflow-cpu==2.21.*", "tf_keras", "librosa==0.11.*", "bliss-audio==0.2.0", "scipy",
+            "numpy==1.26.*"]
 MUSICNN = {"musicnn-mtt": "MTT_musicnn", "musicnn-msd": "MSD_musicnn"}
 
 
@@ -39,18 +43,23 @@ def setup(folder):
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [folder / "bin/python", "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, *PACKAGES], check=True)
-    subprocess.run([*install, "--no-deps", "musicnn==0.1.0"], check=True)  # it asks for TensorFlow 1
+    # it asks for TensorFlow 1
+    subprocess.run([*install, "--no-deps", "musicnn==0.1.0"], check=True)
 
 
 def clips_of(folder):
-    """(ids, sample rate, a function: i -> samples (T,) float32) of a prepared folder, by numpy alone."""
+    """(ids, sample rate, a function: i -> samples (T,) float32) of a prepared folder."""
     import json
 
     meta = json.loads((folder / "meta.json").read_text())
     with np.load(folder / "clips.npz") as table:
         ids, start, length = table["id"], table["start"], table["length"]
     audio = np.load(folder / "audio.npy", mmap_mode="r")
-    return ids, meta["sample_rate"], lambda i: audio[start[i] : start[i] + length[i]].astype(np.float32) / 32768
+
+    def samples(i):
+        return audio[start[i] : start[i] + length[i]].astype(np.float32) / 32768
+
+    return ids, meta["sample_rate"], samples
 
 
 class Mfcc:
@@ -62,13 +71,15 @@ class Mfcc:
 
         torch.set_num_threads(1)
         self.window = torch.hann_window(2048)
-        self.mel = functional.melscale_fbanks(1025, 0.0, sample_rate / 2, 128, sample_rate, "slaney", "slaney")
+        self.mel = functional.melscale_fbanks(1025, 0.0, sample_rate / 2, 128, sample_rate,
+                                              "slaney", "slaney")
         self.dct = functional.create_dct(20, 128, "ortho")
 
     def __call__(self, samples):
         import torch
 
-        bins = torch.stft(torch.from_numpy(samples), 2048, 512, window=self.window, return_complex=True)
+        bins = torch.stft(torch.from_numpy(samples), 2048, 512, window=self.window,
+                          return_complex=True)
         decibels = 10 * (bins.abs().square().T @ self.mel).clamp_min(1e-10).log10()  # (frames, 128)
         mfcc = decibels.clamp_min(decibels.max() - 80) @ self.dct  # (frames, 20)
         return {"features": torch.cat([mfcc.mean(0), mfcc.std(0), mfcc.diff(dim=0).std(0)]).numpy()}
@@ -93,7 +104,7 @@ class Bliss:
 
 
 class Musicnn:
-    """Penultimate layer and probabilities, the mean over windows of 3 s (187 frames, at 16 kHz), in one session."""
+    """Penultimate layer and probabilities: means over windows of 3 s (187 frames at 16 kHz)."""
 
     def __init__(self, sample_rate, name):
         os.environ["TF_USE_LEGACY_KERAS"] = "1"
@@ -117,10 +128,12 @@ class Musicnn:
         import librosa
         from scipy.signal import resample_poly
 
-        up, down = 16000 // np.gcd(16000, self.sample_rate), self.sample_rate // np.gcd(16000, self.sample_rate)
-        samples = resample_poly(samples, up, down).astype(np.float32)
+        common = np.gcd(16000, self.sample_rate)
+        samples = resample_poly(samples, 16000 // common, self.sample_rate // common)
+        samples = samples.astype(np.float32)
         samples = np.pad(samples, (0, max(0, 187 * 256 - len(samples))))  # at least one window
-        mel = librosa.feature.melspectrogram(y=samples, sr=16000, n_fft=512, hop_length=256, n_mels=96).T
+        mel = librosa.feature.melspectrogram(y=samples, sr=16000, n_fft=512, hop_length=256,
+                                             n_mels=96).T
         mel = np.log10(10000 * mel + 1)
         windows = np.stack([mel[i : i + 187] for i in range(0, len(mel) - 186, 187)])
         features, probabilities = self.session.run(self.outputs, {self.input: windows})
@@ -147,18 +160,22 @@ def extract(peer, folder, out, every):
     about = {"tags": np.array(extractor.tags)} if hasattr(extractor, "tags") else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(out, id=ids[::every], seconds=seconds, **columns, **about)
-    print(f"{out}: {len(rows)} clips, {columns['features'].shape[1]} numbers, {len(rows) / seconds:.1f} clips/s of a core")
+    print(f"{out}: {len(rows)} clips, {columns['features'].shape[1]} numbers, "
+          f"{len(rows) / seconds:.1f} clips/s of a core")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(prog="peers.py", description="Features of published extractors.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="peers.py", description="Features of published extractors.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("what", choices=["setup", "extract"], help="make the environment, or features")
-    add("--data", type=Path, default=Path("data/demo"), help="a prepared folder: a name under data/ or a path")
+    add("--data", type=Path, default=Path("data/demo"),
+        help="a prepared folder: a name under data/ or a path")
     add("--peer", nargs="+", default=["mfcc", "bliss", *MUSICNN], help="which of them")
     add("--every", type=int, default=1, metavar="N", help="of every N-th clip alone")
-    add("--env", type=Path, default=Path("build/peers"), metavar="DIR", help="the peers' environment")
+    add("--env", type=Path, default=Path("build/peers"), metavar="DIR",
+        help="the peers' environment")
     add("--out", type=Path, default=Path("build/features"), metavar="DIR", help="for DATA/PEER.npz")
     add("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -175,8 +192,8 @@ def main(argv=None):
             extract(peer, folder, args.out / folder.name / f"{peer}.npz", args.every)
             continue
         # TensorFlow and the project's packages do not live in one environment
-        command = [args.env / "bin/python", __file__, "extract", "--inside", "--data", folder, "--peer", peer,
-                   "--every", args.every, "--out", args.out]
+        command = [args.env / "bin/python", __file__, "extract", "--inside", "--data", folder,
+                   "--peer", peer, "--every", args.every, "--out", args.out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         subprocess.run([str(part) for part in command], check=True, env=environment)
     return 0

@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Train the tagger that ships: a linear layer on the levels of demo/encoder.pt that says what musicnn hears in free music.
+"""Train the tagger that ships: a linear layer on the levels of demo/encoder.pt.
 
-    python bench/peers.py extract --data free game --peer musicnn-mtt        # its probabilities of MagnaTagATune's 50 tags
-    python demo/build_tagger.py --data free game # demo/tagger.pt, tagger.ts, and the JSON of its scores
+    python bench/peers.py extract --data free --peer musicnn-mtt             # the teacher's tags
+    python bench/peers.py extract --data game --peer musicnn-mtt --every 4
+    python demo/build_tagger.py --data free game    # demo/tagger.pt, tagger.ts, JSON of its scores
 
-musicnn (Pons & Serra, 2019, ISC licence) was trained on MagnaTagATune's labels; its probabilities, one row a clip, are the
-targets (soft labels, by binary cross-entropy), so no recording of MagnaTagATune is needed. Artists, and packages of game
-music, are split 70 : 15 : 15 by a hash of their name: training, validation (strength of the penalty, calibration), and the
-held-out part, which is looked at once, for the scores.
+The teacher, musicnn (Pons & Serra, 2019, ISC licence), was trained on MagnaTagATune's labels; its
+probabilities of the 50 tags, a row a clip of freely licensed music, are the targets (soft labels,
+by binary cross-entropy), so no recording of MagnaTagATune is needed. Artists, and packages of game
+music, are split 70 : 15 : 15 by a hash of their name: training, validation (penalty, calibration,
+choice of tags), and the held-out part, which is looked at once, for the scores.
 
-A tag ships when the music holds it often enough to learn and to check: at least --least expected training clips (the sum of
-the probabilities), and a rank correlation of at least --agreement with musicnn on the validation part. The others are named
-in the scores. Calibration: for each tag a slope and an offset of the logit, on the validation part.
+A tag ships when the music holds it often enough to learn and to check: at least --least expected
+training clips (the sum of the probabilities), and a rank correlation of at least --agreement with
+the teacher in validation. The others are named in the scores and in tagger.pt. Calibration: for
+each tag a slope and an offset of the logit, on the validation part.
 """
 import argparse
 import hashlib
@@ -38,7 +41,8 @@ def part_of(artist):
 
 
 def windows_of(encoder, clips, chosen):
-    """Features of all full windows of the chosen clips: h (n, D), and of which clip each is (n,), 0 .. len(chosen) - 1."""
+    """Features of all full windows of the chosen clips, h (n, D), and the place of each one's clip
+    among the chosen, (n,)."""
     import evaluate
 
     clip, start = evaluate.windows(clips.length[chosen], encoder.input_samples)
@@ -47,31 +51,50 @@ def windows_of(encoder, clips, chosen):
     return evaluate.embed(encoder, batches), clip
 
 
-def load(args, encoder):
-    """Features, clips of the windows, targets (N, K) and artists (N,) of all data together; the tags."""
-    import prepare
+class Music:
+    """Windows of all data together: features h (n, D), the clip of each (n,); of the clips the
+    targets (N, K) and artists (N,); and the names of the K tags."""
 
-    h, owner, targets, artists = [], [], [], []
-    count = 0
-    for name in args.data:
-        clips = prepare.Clips(prepare.find(name))
-        with np.load(args.features / Path(name).name / "musicnn-mtt.npz") as heard:
-            row = {str(key): i for i, key in enumerate(heard["id"])}
-            probabilities = heard["probabilities"]
-            tags = heard["tags"].tolist()
-        long = clips.length >= encoder.input_samples
-        chosen = np.array([i for i, key in enumerate(clips.id.tolist()) if key in row and long[i]])
-        features, clip = windows_of(encoder, clips, chosen)
-        h.append(features)
-        owner.append(clip + count)
-        targets.append(probabilities[[row[clips.id[i]] for i in chosen]])
-        artists += [f"{clips.tags[k]}" for k in clips.labels[chosen].argmax(1)]
-        count += len(chosen)
-    return torch.cat(h), np.concatenate(owner), np.concatenate(targets), np.array(artists), tags
+    def __init__(self, names, features, encoder):
+        import prepare
+
+        self.h = []
+        self.clip = []
+        self.targets = []
+        self.artists = []
+        for name in names:
+            with np.load(features / Path(name).name / "musicnn-mtt.npz") as heard:
+                row = {str(key): i for i, key in enumerate(heard["id"])}
+                probabilities = heard["probabilities"]
+                self.tags = heard["tags"].tolist()
+            clips = prepare.Clips(prepare.find(name))
+            long = clips.length >= encoder.input_samples
+            ids = enumerate(clips.id.tolist())
+            chosen = np.array([i for i, key in ids if key in row and long[i]])
+            h, clip = windows_of(encoder, clips, chosen)
+            self.h.append(h)
+            self.clip.append(clip + len(self.artists))
+            self.targets.append(probabilities[[row[str(key)] for key in clips.id[chosen]]])
+            self.artists += [clips.tags[k] for k in clips.labels[chosen].argmax(1)]
+        self.h = torch.cat(self.h)
+        self.clip = np.concatenate(self.clip)
+        self.targets = np.concatenate(self.targets)
+        self.parts = np.array([part_of(artist) for artist in self.artists])
+
+    def part(self, name):
+        """Windows h (n, D), the clip of each (n,) from 0, and targets (N, K), of a part."""
+        chosen = self.parts == name
+        rows, clip = rows_of(self.clip, chosen)
+        return self.h[rows], clip, torch.from_numpy(self.targets[chosen]).float()
+
+    def count(self, name):
+        """How many clips and artists a part has."""
+        artists = np.array(self.artists)[self.parts == name]
+        return {"clips": len(artists), "artists": len(set(artists))}
 
 
 def rows_of(owner, chosen):
-    """Windows (n,) of the chosen clips (N,) bool, and the chosen clip each belongs to, counted from 0."""
+    """Windows (n,) of the chosen clips (N,) bool, and each one's clip, counted among the chosen."""
     rows = np.flatnonzero(chosen[owner])
     return torch.from_numpy(rows), torch.from_numpy(np.cumsum(chosen)[owner[rows]] - 1)
 
@@ -89,7 +112,7 @@ def probabilities(layer, h, clip, count):
 
 
 def fit(h, clip, target, penalty):
-    """The linear layer from h (n, D) whose clip probabilities are nearest to target (N, K), by L-BFGS."""
+    """The linear layer on h (n, D) whose clip probabilities are nearest to target (N, K)."""
     layer = nn.Linear(h.shape[1], target.shape[1])
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -107,7 +130,7 @@ def fit(h, clip, target, penalty):
 
 
 def calibrate(layer, h, clip, target):
-    """The layer with slope and offset of each logit chosen on other clips, so that probabilities mean what they say."""
+    """The layer with slope and offset of each logit chosen on other clips (Platt's calibration)."""
     with torch.no_grad():
         logits = layer(h)
     slope = torch.ones(target.shape[1], requires_grad=True)
@@ -116,7 +139,8 @@ def calibrate(layer, h, clip, target):
 
     def closure():
         optimiser.zero_grad()
-        p = clip_mean(torch.sigmoid(logits * slope + offset), clip, len(target)).clamp(1e-6, 1 - 1e-6)
+        p = clip_mean(torch.sigmoid(logits * slope + offset), clip, len(target))
+        p = p.clamp(1e-6, 1 - 1e-6)
         # a tag that hardly occurs here keeps its slope
         loss = F.binary_cross_entropy(p, target) + 1e-4 * (slope - 1).square().sum()
         loss.backward()
@@ -130,13 +154,16 @@ def calibrate(layer, h, clip, target):
 
 
 def agreement(ours, theirs, tags):
-    """Per tag: rank correlation with musicnn's probabilities, and ROC-AUC, PR-AUC of its yes (above a half) and no."""
+    """Per tag: rank correlation with the teacher's probabilities, and ROC-AUC and PR-AUC of what it
+    is sure of (above a half)."""
     table = []
     for k, tag in enumerate(tags):
         yes = theirs[:, k] > 0.5
         both = 0 < yes.sum() < len(yes)
         table.append({
-            "tag": tag, "clips musicnn is sure of": int(yes.sum()), "expected clips": round(float(theirs[:, k].sum()), 1),
+            "tag": tag,
+            "clips musicnn is sure of": int(yes.sum()),
+            "expected clips": round(float(theirs[:, k].sum()), 1),
             "rank correlation": round(float(spearmanr(ours[:, k], theirs[:, k]).statistic), 3),
             "ROC-AUC": round(100 * roc_auc_score(yes, ours[:, k]), 1) if both else "",
             "PR-AUC": round(100 * average_precision_score(yes, ours[:, k]), 1) if both else "",
@@ -145,48 +172,72 @@ def agreement(ours, theirs, tags):
     return table
 
 
-def standardised(h, rows):
-    """Mean and deviation of the training windows' features."""
-    return h[rows].mean(0), h[rows].std(0).clamp_min(1e-6)
-
-
-def folded(layer, centre, scale):
-    """A layer on standardised features as one on plain features."""
+def train(music):
+    """The layer on standardised features that is best in validation, calibrated there, as one on
+    plain features; and its penalty."""
+    h, clip, target = music.part("train")
+    centre = h.mean(0)
+    scale = h.std(0).clamp_min(1e-6)
+    h = (h - centre) / scale
+    valid_h, valid_clip, valid_target = music.part("valid")
+    valid_h = (valid_h - centre) / scale
+    fits = {}
+    for penalty in PENALTIES:
+        layer = fit(h, clip, target, penalty)
+        p = probabilities(layer, valid_h, valid_clip, len(valid_target))
+        fits[penalty] = (F.binary_cross_entropy(p, valid_target).item(), layer)
+        print(f"penalty {penalty:g}: validation loss {fits[penalty][0]:.4f}", flush=True)
+    penalty = min(fits, key=lambda name: fits[name][0])
+    layer = calibrate(fits[penalty][1], valid_h, valid_clip, valid_target)
     plain = nn.Linear(layer.in_features, layer.out_features)
     with torch.no_grad():
         plain.weight.copy_(layer.weight / scale)
         plain.bias.copy_(layer.bias - plain.weight @ centre)
-    return plain
+    return plain, penalty
 
 
-def train(h, owner, targets, parts):
-    """The calibrated layer on standardised features that is best in validation; the loss of each penalty."""
-    rows = {part: rows_of(owner, parts == part) for part in ("train", "valid")}
-    wanted = {part: torch.from_numpy(targets[parts == part]).float() for part in rows}
-    losses = {}
-    layers = {}
-    for penalty in PENALTIES:
-        layer = fit(h[rows["train"][0]], rows["train"][1], wanted["train"], penalty)
-        p = probabilities(layer, h[rows["valid"][0]], rows["valid"][1], len(wanted["valid"]))
-        losses[penalty] = F.binary_cross_entropy(p, wanted["valid"]).item()
-        layers[penalty] = layer
-        print(f"penalty {penalty:g}: validation loss {losses[penalty]:.4f}", flush=True)
-    best = min(losses, key=losses.get)
-    return calibrate(layers[best], h[rows["valid"][0]], rows["valid"][1], wanted["valid"]), best
+def only(layer, outputs):
+    """A linear layer with some of its outputs."""
+    chosen = nn.Linear(layer.in_features, len(outputs))
+    with torch.no_grad():
+        chosen.weight.copy_(layer.weight[outputs])
+        chosen.bias.copy_(layer.bias[outputs])
+    return chosen
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(prog="build_tagger.py", description="Train the tagger that ships.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="build_tagger.py", description="Train the tagger that ships.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", type=Path, default=ROOT / "demo/encoder.pt", help="the encoder")
-    add("--data", nargs="+", default=["free", "game"], metavar="NAME", help="prepared folders, labelled by artist")
-    add("--features", type=Path, default=Path("build/features"), metavar="DIR", help="of bench/peers.py")
+    add("--data", nargs="+", default=["free", "game"], metavar="NAME",
+        help="prepared folders, labelled by artist")
+    add("--features", type=Path, default=Path("build/features"), metavar="DIR",
+        help="of bench/peers.py")
     add("--least", type=float, default=30, help="expected training clips that a tag needs")
-    add("--agreement", type=float, default=0.5, help="rank correlation in validation that a tag needs")
-    add("--out", type=Path, default=ROOT / "demo", metavar="DIR", help="for tagger.pt and tagger.ts")
-    add("--scores", type=Path, default=ROOT / "results/peers/tagger.json", metavar="FILE", help="what it agrees in")
+    add("--agreement", type=float, default=0.5, help="rank correlation that a tag needs")
+    add("--out", type=Path, default=ROOT / "demo", metavar="DIR", help="for tagger.pt, tagger.ts")
+    add("--scores", type=Path, default=ROOT / "results/peers/tagger.json", metavar="FILE",
+        help="what it agrees in")
     return parser
+
+
+def report(music, layer, named):
+    """The scores: per tag, on the held-out artists; a caption."""
+    h, clip, target = music.part("test")
+    ours = probabilities(layer, h, clip, len(target)).numpy()
+    rows = agreement(ours, target.numpy(), music.tags)
+    rows = [{**row, "ships": "yes" if row["tag"] in named else "no"} for row in rows]
+    alike = np.mean([row["rank correlation"] for row in rows if row["ships"] == "yes"])
+    test = music.count("test")
+    learnt = music.count("train")
+    caption = (
+        f"Agreement of demo/tagger.pt with musicnn's MTT network on {test['clips']} clips of "
+        f"{test['artists']} held-out artists (or packages of game music); trained on "
+        f"{learnt['clips']} clips of {learnt['artists']}. {len(named)} of {len(rows)} tags ship; "
+        f"their mean rank correlation is {alike:.2f}.")
+    return {"kind": "tagger", "caption": caption, "table": rows, "counts": [learnt, test]}
 
 
 def main(argv=None):
@@ -196,46 +247,29 @@ def main(argv=None):
     torch.set_num_threads(1)
     model.tune_allocator()
     encoder, info = model.load_encoder(args.ckpt)
-    encoder = model.Levels(encoder).eval()
-    h, owner, targets, artists, tags = load(args, encoder)
-    parts = np.array([part_of(artist) for artist in artists])
-    centre, scale = standardised(h, rows_of(owner, parts == "train")[0])
-    h = (h - centre) / scale
-    layer, penalty = train(h, owner, targets, parts)
-
-    checked = {}
-    for part in ("valid", "test"):
-        rows, clip = rows_of(owner, parts == part)
-        ours = probabilities(layer, h[rows], clip, int((parts == part).sum())).numpy()
-        checked[part] = agreement(ours, targets[parts == part], tags)
-    often = targets[parts == "train"].sum(0) >= args.least
-    alike = np.array([row["rank correlation"] >= args.agreement for row in checked["valid"]])
-    ships = np.flatnonzero(often & alike)
-    named = [tags[k] for k in ships]
-    left_out = [tag for tag in tags if tag not in named]
-
-    head = folded(layer, centre, scale)
-    chosen = nn.Linear(head.in_features, len(ships))
-    with torch.no_grad():
-        chosen.weight.copy_(head.weight[ships])
-        chosen.bias.copy_(head.bias[ships])
-    about = {"teacher": "musicnn 0.1.0, MTT_musicnn (ISC licence)", "data": " + ".join(args.data), "left_out": left_out}
-    what = {"encoder": encoder, "sample_rate": info["sample_rate"], "head": chosen, "tags": named, "task": "multilabel"}
-    model.save_tagger(args.out / "tagger.pt", **what, **about)
-    model.export_torchscript(path=args.out / "tagger.ts", **what, info=about)
-    counts = {part: {"clips": int((parts == part).sum()), "artists": len(set(artists[parts == part]))}
-              for part in ("train", "valid", "test")}
-    held_out = [{**row, "ships": "yes" if row["tag"] in named else "no"} for row in checked["test"]]
-    mean = float(np.mean([row["rank correlation"] for row in held_out if row["ships"] == "yes"]))
-    caption = (f"Agreement of demo/tagger.pt with musicnn's MTT network on {counts['test']['clips']} clips of "
-               f"{counts['test']['artists']} held-out artists; trained on {counts['train']['clips']} clips of "
-               f"{counts['train']['artists']}. {len(named)} of {len(tags)} tags ship; their mean rank correlation is {mean:.2f}.")
-    result = {"kind": "tagger", "caption": caption, "table": held_out, "counts": counts, "penalty": penalty,
-              "left_out": left_out, "encoder": model.weights_sha256(encoder), "versions": model.versions(),
-              "code": model.code_version(), "argv": ["demo/build_tagger.py", *(sys.argv[1:] if argv is None else argv)]}
-    model.write_atomically(args.scores, (json.dumps(result, indent=1) + "\n").encode())
-    print(caption)
-    print("left out:", ", ".join(left_out))
+    levels = model.Levels(encoder).eval()
+    music = Music(args.data, args.features, levels)
+    layer, penalty = train(music)
+    h, clip, target = music.part("valid")
+    checked = agreement(probabilities(layer, h, clip, len(target)).numpy(), target.numpy(),
+                        music.tags)
+    expected = music.part("train")[2].sum(0)
+    ships = [k for k, row in enumerate(checked)
+             if expected[k] >= args.least and row["rank correlation"] >= args.agreement]
+    named = [music.tags[k] for k in ships]
+    about = {"teacher": "musicnn 0.1.0, MTT_musicnn (ISC licence)", "data": " + ".join(args.data),
+             "left_out": [tag for tag in music.tags if tag not in named]}
+    what = {"head": only(layer, ships), "tags": named, "task": "multilabel",
+            "sample_rate": info["sample_rate"]}
+    model.save_tagger(args.out / "tagger.pt", levels, **what, **about)
+    model.export_torchscript(levels, args.out / "tagger.ts", **what, info=about)
+    arguments = sys.argv[1:] if argv is None else argv
+    scores = {**report(music, layer, named), "penalty": penalty, **about,
+              "encoder": model.weights_sha256(encoder), "versions": model.versions(),
+              "code": model.code_version(), "argv": ["demo/build_tagger.py", *arguments]}
+    text = json.dumps(scores, indent=1) + "\n"
+    model.write_atomically(args.scores, text.encode())
+    print(scores["caption"], "Left out:", ", ".join(about["left_out"]))
     return 0
 
 
