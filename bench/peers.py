@@ -1,6 +1,6 @@
 """What others hear in the same music: features of published extractors, a row a clip.
 
-    python bench/peers.py setup                              # an environment of their own, build/peers
+    python bench/peers.py setup                             # their environment, build/peers
     python bench/peers.py extract --data moods               # build/features/moods/NAME.npz of each
     python bench/peers.py extract --data moods --peer mfcc   # of one of them
 
