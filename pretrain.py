@@ -37,6 +37,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends it silently
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection we tell ourselves
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve beside others
 
 import numpy as np
 import torch
@@ -484,7 +485,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         for name in STATE if checkpoint else ():
             getattr(self, name).load_state_dict(checkpoint[name])
-        self.optimiser.param_groups[0].update(capturable=self.captured)  # where it was: perhaps not
+        self.optimiser.param_groups[0].update(capturable=self.captured)  # not as in the file
 
     def one_step(self) -> Callable:
         """step(inputs, rate) -> loss, top1, as one CUDA graph where that is possible."""
@@ -616,8 +617,7 @@ def begin_or_continue(run: Run, watch) -> int:
         say(f"{run.folder} is complete at step {run.step}; --max-steps adds more. {evaluation}")
         return 0
     say(journal.description(run))
-    stop = train(run, journal.Log(run), watch)
-    if stop:
+    if stop := train(run, journal.Log(run), watch):
         name = signal.Signals(stop).name
         say(f"stopped after step {run.step} by {name}; the same command continues from there")
         return 128 + stop

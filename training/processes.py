@@ -40,6 +40,10 @@ class Stop(Exception):
         self.code = code
 
 
+class Lost(Stop):
+    """Another process does not answer any more."""
+
+
 def started(name: str, otherwise: int) -> int:
     """A number that torchrun or SLURM has put into the environment."""
     return int(os.environ.get(name, otherwise))
@@ -217,7 +221,7 @@ class Watch:
         for number, handler in self.handlers.items():  # the caller may be a program that goes on
             signal.signal(number, handler or signal.SIG_DFL)
         if of_an_exchange(error):
-            raise Stop(self.loss()) from None
+            raise Lost(self.loss()) from None
 
     def note(self, number, frame):
         """A handler of signals."""
@@ -398,6 +402,8 @@ class one_line_errors:
         text = self.text(error) if error else None
         for line in (text or "").splitlines():
             print(f"{self.program}: {line}", file=sys.stderr)
+        if isinstance(error, Lost):
+            os._exit(1)  # at once: to leave the group in order would wait for the lost one, too
         with contextlib.suppress(RuntimeError):
             if dist.is_initialized():
                 dist.destroy_process_group()
