@@ -9,14 +9,13 @@
 The same command again continues where the run stopped; a finished one says so. In runs/NAME/:
   checkpoint.pt   everything to continue (checkpoint.previous.pt: the one before it)
   encoder.pt      the encoder alone, for evaluate.py, transfer.py and library/
-  log.jsonl       the command, versions and configuration, then an object per log step: step, epoch,
-                  pairs (seen so far), loss, top1 (share of views whose nearest view is their
-                  partner), lr, pairs_per_s, wait (share of the time spent waiting for views), probe
+  log.jsonl       command, versions, configuration; then, per log step: step, epoch, pairs (seen),
+                  loss, top1 (share of views whose nearest view is their partner), lr, pairs_per_s,
+                  wait (share of the time, for views), others (of each process, for slower ones)
 
-The *global* batch of step s - songs, crops, augmentation values - is a function of (seed, s) alone.
-Every process draws it as a whole and takes its rows, so 1, 2 and 4 processes take the same step (to
-rounding), and a killed run ends with the same weights as an uninterrupted one (on CPUs bit for bit;
-on GPUs rounding differs, and grows).
+The *global* batch of step s - songs, crops, augmentation values - is a function of (seed, s).
+Every process draws all of it and takes its rows, so 1, 2 and 4 processes take the same step (to
+rounding), and a killed run ends with the weights of a whole one (on CPUs bit for bit).
 Dimensions: N pairs of the global batch, B of one process, P projection, T samples of a crop.
 """
 
@@ -25,16 +24,20 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import signal
 import sys
-import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends it silently
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection we tell ourselves
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve beside others
 
 import numpy as np
 import torch
@@ -127,12 +130,8 @@ def contrastive_top1(z_i: Tensor, z_j: Tensor) -> Tensor:
     return (s.argmax(1) == partner).float().mean()
 
 
-# ----------------------------------------- CLMR and CPC as modules: views in, loss and hits out
-
-
 class CLMR(nn.Module):
-    """Encoder and projector under a contrastive loss: `forward(views (2B, 1, T)) -> loss, top1`,
-    rows 0 .. B-1 the first view of each pair."""
+    """The learner: `forward(views (2B, 1, T)) -> loss, top1`, first views before second ones."""
 
     def __init__(self, encoder, projector, loss: Callable = nt_xent, temperature: float = 0.5):
         super().__init__()
@@ -144,46 +143,6 @@ class CLMR(nn.Module):
     def forward(self, views):
         z_i, z_j = self.projector(self.encoder(views)).chunk(2)  # one pass: statistics over both
         return self.loss(z_i, z_j, self.temperature), contrastive_top1(z_i, z_j)
-
-
-class CPCLoss(nn.Module):
-    """CPC's objective (section 3.5): which of 16 frames is the one k = 1 .. 20 steps ahead?
-
-    `forward(views (B, 1, T), negatives (B, n, 15)) -> loss, accuracy`; negatives are numbers of
-    frames in the global batch (row x n + frame). Step k is predicted from context c_t as W_k c_t
-    and scored with a frame by their dot product; the loss is the mean cross-entropy."""
-
-    def __init__(self, encoder, steps: int = 20):
-        super().__init__()
-        self.encoder = encoder
-        self.steps = steps
-        self.predictor = nn.Linear(encoder.context_dim, steps * encoder.frame_dim, bias=False)
-
-    def forward(self, views, negatives):
-        z, c = self.encoder.context(views)  # (B, n, D), (B, n, C)
-        z = z.float()
-        ahead = self.predictor(c).float().unflatten(2, (self.steps, -1))  # (B, n, steps, D)
-        with torch.autocast(z.device.type, enabled=False):  # positives and negatives alike
-            return self.score(z, ahead, negatives)
-
-    def score(self, z: Tensor, ahead: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (B, n, D), predictions (B, n, steps, D), negatives (B, n, 15) -> loss, hits."""
-        B, n, _ = z.shape
-        others = gather(z).flatten(0, 1)[negatives]  # (B, n, 15, D)
-        number = world()[0] * B * n + torch.arange(B * n, device=z.device).reshape(B, n, 1)
-        no_negative = negatives == number  # but the true frame itself: it is left out
-        loss = z.new_zeros(())
-        hits = z.new_zeros(())
-        for k in range(1, self.steps + 1):
-            p = ahead[:, : n - k, k - 1]  # (B, n-k, D): what the contexts say of the frame k ahead
-            positive = (p * z[:, k:]).sum(-1, keepdim=True)
-            negative = torch.einsum("btd,btmd->btm", p, others[:, k:])
-            negative = negative.masked_fill(no_negative[:, k:], float("-inf"))
-            logits = torch.cat([positive, negative], -1).flatten(0, 1)  # (B (n-k), 16)
-            true = torch.zeros(len(logits), dtype=torch.long, device=z.device)
-            loss = loss + F.cross_entropy(logits, true)
-            hits = hits + (logits.detach().argmax(1) == 0).float().mean()
-        return loss / self.steps, hits / self.steps
 
 
 # -------------------------------------------------------------------- Which audio step s sees
@@ -224,9 +183,8 @@ class Pairs:
             raise ValueError(f"expected at least 2 songs with at least {n} samples, found "
                              f"{self.songs} (the segments of a file are one song): add music")
         if self.songs < batch_size:
-            raise ValueError(f"--batch-size {batch_size}: no batch may hold a song twice, and only "
-                             f"{self.songs} have at least {n} samples; type --batch-size "
-                             f"{self.songs} or less, or add music")
+            raise ValueError(f"--batch-size {batch_size}: no batch holds a song twice, and only "
+                             f"{self.songs} have {n} samples; type --batch-size {self.songs}")
         self.steps_per_epoch, self.dropped = divmod(self.songs, batch_size)
         self.epoch = None  # the one that self.order is of
 
@@ -310,9 +268,9 @@ def save_checkpoint(path, content: dict):
             if previous.exists() and not path.exists():  # the second renaming failed
                 os.replace(previous, path)
             temporary.unlink()
-        raise OSError(f"the checkpoint could not be written to {path.parent} "
-                      f"({error.strerror or error}; {buffer.tell() / 1e6:.0f} MB needed); the one "
-                      "before it is untouched: make room, then type the same command") from error
+        raise OSError(f"the checkpoint, {buffer.tell() / 1e6:.0f} MB, could not be written to "
+                      f"{path.parent} ({error.strerror or error}); the one before is untouched: "
+                      "make room, then type the same command") from error
 
 
 def load_checkpoint(path) -> dict | None:
@@ -325,9 +283,15 @@ def load_checkpoint(path) -> dict | None:
     damaged = []
     for candidate in filter(Path.exists, (path, path.with_suffix(".previous.pt"))):
         try:
-            content = torch.load(candidate, map_location="cpu", weights_only=True)
+            file = io.BytesIO(candidate.read_bytes())
+            if zipfile.ZipFile(file).testzip():  # which torch does not compare
+                raise ValueError("a checksum does not fit")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
             if content["format"] != CHECKPOINT:
                 raise ValueError(f"its format is not {CHECKPOINT!r}")
+            if not all(weight.isfinite().all() for weight in content.get("learner", {}).values()):
+                raise ValueError("a weight is not finite")
         except Exception as error:  # whatever it is: not one of ours, or not whole
             reason = (str(error).splitlines() or [""])[0][:80]
             damaged.append(f"{candidate} is damaged ({reason})")
@@ -372,7 +336,7 @@ class Settings:
     recompute: int = flag(0, "so many blocks keep less for the backward pass", metavar="BLOCKS")
     loss: str = flag("nt-xent", "the paper's, or the decoupled one", choices=list(LOSSES))
     temperature: float = flag(0.5, "of the contrastive loss")
-    batch_size: int = flag(None, "pairs, of all processes together (default: 96; CPC: 64)")
+    batch_size: int = flag(None, "pairs, of all processes (default: 96, CPC 64, or all songs)")
     lr: float = flag(3e-4, "learning rate of Adam")
     schedule: str = flag("constant", "of the learning rate", choices=["constant", "cosine"])
     warmup: int = flag(0, "linear start of the learning rate", metavar="STEPS")
@@ -382,25 +346,25 @@ class Settings:
                     choices=["auto", "off", "bf16", "fp16"])
     out: str = flag(None, "run folder (default: runs/NAME)", metavar="DIR")
     seed: int = flag(0, "of initialisation, order, crops and augmentations")
+    timeout: float = flag(5.0, "how long to wait for another process", metavar="MINUTES")
     device: str = flag("auto", "where to compute", choices=["auto", "cpu", "cuda"])
     save_every: int = flag(100, "checkpoint and encoder file", metavar="STEPS")
     log_every: int = flag(10, "line in log.jsonl, means over these steps", metavar="STEPS")
     probe_every: int = flag(0, "quick probe of labelled clips; 0: never", metavar="STEPS")
 
 
+STATE = "learner", "optimiser", "scaler"  # of a run, in a checkpoint
 GROUPS = {"data": "data", "method": "model", "loss": "optimisation", "out": "run"}  # first flags
-FREE = {"data", "recompute", "epochs", "max_steps", "out", "device", "save_every", "log_every",
-        "probe_every"}  # may differ when a run is continued: its numbers do not depend on them
+FREE = {"data", "recompute", "epochs", "max_steps", "out", "timeout", "device", "save_every",
+        "log_every", "probe_every"}  # may change when a run is continued: its numbers do not
 
 
 def build_parser():
     """The parser of `Settings`."""
     parser = argparse.ArgumentParser(
-        prog="pretrain.py", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Pre-train an encoder on unlabelled music. The defaults are the paper's.",
-        usage="python pretrain.py --data NAME [options]   (--help lists all; "
-              "torchrun --nproc_per_node=2 for two processes)")
+        "pretrain.py", "python pretrain.py --data NAME [options]   (--help lists all)",
+        "Pre-train an encoder on unlabelled music. The defaults are the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -416,9 +380,10 @@ def read_settings(parser, argv) -> Settings:
     cpc = s.method == "cpc"
     size = int(os.environ.get("WORLD_SIZE", 1))
     s.encoder = s.encoder or ("cpc" if cpc else "samplecnn")
-    s.batch_size = (64 if cpc else 96) if s.batch_size is None else s.batch_size
     if s.transforms == ["none"] or (s.transforms is None and cpc):
         s.transforms = []
+    if wrong := import_module("training.processes").wrong_start():
+        parser.error(wrong)
     if not s.data:
         parser.error("--data is missing: a prepared folder's name or path, e.g. --data demo")
     if cpc != (s.encoder == "cpc"):
@@ -432,9 +397,9 @@ def read_settings(parser, argv) -> Settings:
         if number and not (0 <= value < math.inf and (value or f.default == 0)):
             name = f"--{f.name.replace('_', '-')}"
             parser.error(f"{name} {value} is out of range: expected a finite number above 0")
-    if s.batch_size % size:
-        near = [s.batch_size // size * size + more for more in (0, size)]
-        near = ", ".join(str(n) for n in near if n)
+    if s.batch_size and s.batch_size % size:
+        below = s.batch_size // size * size
+        near = ", ".join(str(n) for n in (below, below + size) if n)
         parser.error(f"--batch-size {s.batch_size} does not divide by {size} processes; the "
                      f"nearest that do: {near}")
     try:
@@ -459,27 +424,34 @@ def graph_kernels():
 class Run:
     """A run: what it hears, its learner, optimiser and scaler, and the step they are at."""
 
-    def __init__(self, settings: Settings, clips, device, amp: str):
+    def __init__(self, settings: Settings, clips, valid, device, amp: str):
         augment = import_module("augment")
         model = import_module("model")
         self.settings = s = settings
         self.clips = clips
+        self.valid = valid  # clips to probe
         self.device = device
         self.amp = amp
         torch.manual_seed(s.seed)  # the initialisation; all else is drawn by `generator`
+        self.saved = 0  # the step that is on the disk
         self.encoder = model.build_encoder(s.encoder, width=s.width)
         if s.recompute:
             self.encoder.recompute(s.recompute)
         if s.method == "cpc":
-            self.learner = CPCLoss(self.encoder)
+            self.learner = import_module("training.cpc").CPCLoss(self.encoder, gather)
         else:
             projector = model.Projector(self.encoder.out_dim, s.projection)
             self.learner = CLMR(self.encoder, projector, LOSSES[s.loss], s.temperature)
         n = self.encoder.input_samples
+        usual = 64 if s.method == "cpc" else 96
+        songs = len(np.unique(clips.group[clips.length >= n]))
+        self.smaller_batch = s.batch_size is None and songs < usual
+        s.batch_size = s.batch_size or min(usual, songs) // world()[1] * world()[1]
         self.pairs = Pairs(clips.length, clips.group, n, s.batch_size, s.seed, s.positives)
         self.chain = augment.Chain(clips.sample_rate, s.transforms, s.probability)
         self.total = s.max_steps or s.epochs * self.pairs.steps_per_epoch
-        self.folder = Path(s.out or Path("runs") / clips.name)
+        name = clips.name.replace("/", "-").replace("\\", "-").lstrip(".")
+        self.folder = Path(s.out or Path("runs") / name)
         self.config = {name: value for name, value in vars(s).items() if name not in FREE}
         self.config |= {"amp": amp, "fingerprint": clips.fingerprint}
         self.config |= {"steps": self.total} if s.schedule == "cosine" else {}
@@ -489,37 +461,31 @@ class Run:
     def start(self, checkpoint: dict | None):
         """Go to the device, over all processes, to the step of the checkpoint; None: to the first.
 
-        Raises ValueError when the checkpoint is of a run with another configuration."""
+        Raises Stop when that is of a run with another configuration."""
+        processes = import_module("training.processes")
         now = self.config
         then = checkpoint["config"] if checkpoint else now
         changed = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now"
                    for name in now | then if then.get(name) != now.get(name)]
         if changed:
-            raise ValueError(f"{self.folder} holds a run with another configuration "
-                             f"({'; '.join(changed)}); type the same flags to continue it, or "
-                             "--out for a new run")
+            raise processes.Stop(f"{self.folder} holds another run ({'; '.join(changed)}); type "
+                                 "the same flags to continue it, or --out for a new one")
         self.step = self.saved = checkpoint["step"] if checkpoint else 0
-        gpu = self.device.type == "cuda"
         alone = world()[1] == 1
         if not alone:
             self.learner = import_module("model").synchronise(self.learner, self.device)
         self.learner.to(self.device).train()
-        if import_module("training.processes").alone_on_its_gpu(self.device):
+        if processes.alone_on_its_gpu(self.device):
             self.clips.keep_on(self.device)  # if they fit; else a thread reads them ahead
         fp16 = self.amp == "fp16"  # its scaler asks the GPU for values, which a graph cannot
-        self.captured = (gpu and alone and not fp16 and self.settings.method == "clmr"
-                         and graph_kernels() is not None)
+        self.captured = (self.device.type == "cuda" and alone and not fp16
+                         and self.settings.method == "clmr" and graph_kernels() is not None)
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=self.settings.lr,
                                           betas=(0.9, 0.999), fused=True, capturable=self.captured)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        for name, part in self.state().items() if checkpoint else ():
-            part.load_state_dict(checkpoint[name])
-        # As it is here, not as where the checkpoint was written:
-        self.optimiser.param_groups[0].update(capturable=self.captured)
-
-    def state(self) -> dict:
-        """What a checkpoint holds beside the step and the configuration."""
-        return {"learner": self.learner, "optimiser": self.optimiser, "scaler": self.scaler}
+        for name in STATE if checkpoint else ():
+            getattr(self, name).load_state_dict(checkpoint[name])
+        self.optimiser.param_groups[0].update(capturable=self.captured)  # not as in the file
 
     def one_step(self) -> Callable:
         """step(inputs, rate) -> loss, top1, as one CUDA graph where that is possible."""
@@ -539,9 +505,8 @@ class Run:
         ahead = import_module("training.ahead")
         s = self.settings
         frames = self.encoder.frames_per_window if s.method == "cpc" else None
-        batches = ahead.Batches(self.clips, self.pairs, self.chain, self.device, s.asymmetric,
-                                frames)
-        steps = batches.draw, batches.augment, self.step, self.total
+        rows = ahead.Batches(self.clips, self.pairs, self.chain, self.device, s.asymmetric, frames)
+        steps = rows.draw, rows.augment, self.step, self.total
         if self.device.type == "cuda":
             return ahead.InputsOnGPU(*steps, self.device)
         return ahead.InputsOnCPU(*steps)
@@ -558,13 +523,11 @@ class Run:
         weights = self.learner.state_dict().values() if weights_too else ()
         return all(bool(tensor.isfinite().all()) for tensor in (loss, *weights))
 
-    def not_finite(self, rank: int) -> FloatingPointError:
-        """The error to raise when that process's loss or weights are no numbers any more."""
-        good = f"{self.folder}/checkpoint.pt, step {self.saved}"
-        return FloatingPointError(
-            f"the loss or a weight is not finite at step {self.step}, process {rank}; the last "
-            f"good checkpoint: {good if self.saved else 'none was saved yet'}. Try a lower --lr, "
-            "--amp off, or look for silent or broken clips with prepare.py --check")
+    def last_good(self) -> str:
+        """What a run that must stop is continued from."""
+        folder = f"{self.folder}/" if world()[0] == 0 else "process 0's "
+        where = f"{folder}checkpoint.pt, step {self.saved}"
+        return f"the last good checkpoint: {where if self.saved else 'none was saved yet'}"
 
     def save(self):
         """Write the encoder, then the checkpoint: what that says is done is all on the disk."""
@@ -576,45 +539,45 @@ class Run:
                 method=s.method, step=self.step, data=self.clips.name,
                 data_folder=" ".join(s.data), fingerprint=self.clips.fingerprint,
                 batch_size=s.batch_size, seed=s.seed)
-            state = {name: part.state_dict() for name, part in self.state().items()}
+            state = {name: getattr(self, name).state_dict() for name in STATE}
             save_checkpoint(self.folder / "checkpoint.pt",
                             {"step": self.step, "config": self.config, **state})
 
 
-def train(run: Run, log, valid) -> int:
+def train(run: Run, log, watch) -> int:
     """Take the steps that are left: rate, step, agree, meter, save, probe, stop.
 
-    Args: log: a Log. valid: clips to probe.
     Returns: 0 when the run is complete, else the number of the signal that ended it. Raises
     FloatingPointError when the loss or a weight is not finite, on all processes alike."""
     journal = import_module("training.journal")
-    processes = import_module("training.processes")
     s = run.settings
     take = run.one_step()
     inputs = run.inputs()
     meter = journal.Meter(run.device, run.step, s.batch_size)
-    with processes.Signals() as caught, contextlib.closing(inputs):
+    with contextlib.closing(inputs):
         for step in range(run.step, run.total):
             rate = rate_at(step, s.lr, s.schedule, s.warmup, run.total)
             meter.add(*take(inputs.get(step), rate))
             run.step = step + 1
 
             logs, saves, probes = run.due()
-            number = caught.number  # read once: what is saved below must have been looked at here
+            number = watch.number  # read once: what is saved below must have been looked at here
             look = logs or saves or number or run.device.type == "cpu"  # a GPU would have to wait
             finite = not look or run.is_finite(meter.sums[0], saves or number)
-            stop, lost = processes.agree(number, finite)
+            stop, lost = watch.agree(number, finite)
             if lost:
-                raise run.not_finite(lost - 1)
+                raise FloatingPointError(
+                    f"the loss or a weight is not finite at step {run.step}, process {lost - 1}; "
+                    f"{run.last_good()}. Try a lower --lr, --amp off, or prepare.py --check")
             if logs or stop:
-                means = meter.read(run.step, inputs)
+                means = meter.read(run.step, inputs, watch)
                 epoch = round(run.step / run.pairs.steps_per_epoch, 3)
-                log.write({**means, "epoch": epoch, "lr": rate})
+                log.write({"step": run.step, "epoch": epoch, **means, "lr": rate})
             if saves or stop:
                 run.save()
             if probes and world()[0] == 0 and run.clips.tags:
                 with meter.paused():
-                    value = journal.quick_probe(run.encoder, run.clips, valid, run.device)
+                    value = journal.quick_probe(run.encoder, run.clips, run.valid, run.device)
                 if value is not None:
                     log.write({"step": run.step, "probe": round(value, 5)})
             if stop:
@@ -626,18 +589,35 @@ def train(run: Run, log, valid) -> int:
     return stop if run.step < run.total else 0
 
 
-def begin_or_continue(run: Run, valid) -> int:
+def open_run(s: Settings, device) -> tuple[Run, dict]:
+    """A run that has met no other process yet, and what must be the same for all of them."""
+    model = import_module("model")
+    processes = import_module("training.processes")
+    prepare = import_module("prepare")
+    try:
+        folders = [prepare.find(name) for name in s.data]
+        amp = model.choose_amp(device, s.amp)
+        import_module("augment").Chain(prepare.SAMPLE_RATE, s.transforms, s.probability)  # names?
+        if s.encoder not in model.ENCODERS:
+            raise ValueError(f"--encoder {s.encoder}: there are {', '.join(model.ENCODERS)}")
+    except (ValueError, OSError) as error:
+        raise processes.Stop(str(error), code=2) from None
+    clips, valid = (prepare.Clips(folders, split) for split in ("train", "valid"))
+    import_module("training.journal").hear_some(clips, s.seed)
+    run = Run(s, clips, valid, device, amp)
+    return run, run.config | {"total": run.total, "code": run.code, **run.versions}
+
+
+def begin_or_continue(run: Run, watch) -> int:
     """Train from where the run's folder says, and say how it went. Returns the exit code."""
     journal = import_module("training.journal")
     say = print if world()[0] == 0 else (lambda text: None)
     evaluation = f"Next: python evaluate.py --ckpt {run.folder}/encoder.pt"
-    run.start(load_checkpoint(run.folder / "checkpoint.pt"))
     if run.step >= run.total:
         say(f"{run.folder} is complete at step {run.step}; --max-steps adds more. {evaluation}")
         return 0
-    say(journal.description(run, valid))
-    stop = train(run, journal.Log(run), valid)
-    if stop:
+    say(journal.description(run))
+    if stop := train(run, journal.Log(run), watch):
         name = signal.Signals(stop).name
         say(f"stopped after step {run.step} by {name}; the same command continues from there")
         return 128 + stop
@@ -645,30 +625,25 @@ def begin_or_continue(run: Run, valid) -> int:
     return 0
 
 
-def main(argv=None):
-    import augment
-    import model
-    import prepare
-
+def main(argv=None) -> int:
+    """Read the flags, join the other processes, train. Returns the exit code."""
+    model = import_module("model")
     processes = import_module("training.processes")
     parser = build_parser()
     s = read_settings(parser, argv)
-    with processes.one_line_errors("pretrain.py"):
-        try:
-            folders = [prepare.find(name) for name in s.data]
-            device = model.choose_device(s.device)
-            amp = model.choose_amp(device, s.amp)
-            augment.Chain(prepare.SAMPLE_RATE, s.transforms, s.probability)  # are the names right?
-            if s.encoder not in model.ENCODERS:
-                raise ValueError(f"--encoder {s.encoder}: there are {', '.join(model.ENCODERS)}")
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with processes.one_line_errors("pretrain.py") as end:
         model.tune_allocator()
-        processes.connect(device)
-        data = folders if len(folders) > 1 else folders[0]
-        run = Run(s, prepare.Clips(data, "train"), device, amp)
-        return begin_or_continue(run, prepare.Clips(data, "valid"))
-    return 1
+        device = model.choose_device(s.device)
+        processes.connect(device, s.timeout)
+        run = processes.agreed(lambda: open_run(s, device))
+        lock = processes.Lock(run.folder)
+        with processes.Watch(s.timeout, run.last_good) as watch, contextlib.closing(lock):
+            run.start(processes.from_the_first(
+                lambda: lock.take() or load_checkpoint(run.folder / "checkpoint.pt")))
+            return begin_or_continue(run, watch)
+    return end.code
 
 
 if __name__ == "__main__":

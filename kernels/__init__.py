@@ -7,8 +7,10 @@ compare every pass with the plain way.
 
     cpu.py      a block's training pass on a CPU (model.Block)
     gpu.py      the same on a GPU, as Triton kernels (model.Block)
+    filters.py  second-order filters and rooms (augment.low_pass, high_pass, reverb)
     splice.py   the pitch shift's segments found, read and laid together (augment.pitch_shift)
     splice_gpu.py   its search for them as one Triton kernel
+    compiled.py the loops of both in C (chain.c), where there is a compiler
     graph.py    a training step as one CUDA graph (pretrain)
 """
 import functools

@@ -4,7 +4,10 @@ and the command. The transforms themselves: test_augment_transforms.py, test_aug
 
 import doctest
 import math
+import os
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -230,44 +233,81 @@ def test_a_chain_within_a_chain_leaves_the_settings_of_the_outer_one(two_threads
     assert torch.get_num_threads() == 2
 
 
-def test_chains_in_several_threads_leave_the_settings_of_the_process(tf32, two_threads):
-    """The second comes in while the first is at work, and stays longer."""
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+@pytest.fixture
+def chains_in_two_threads(tf32, two_threads):
+    """What a chain in a second thread saw inside and afterwards, having come to it while one in a
+    first thread was inside."""
+    first_in = threading.Event()
+    second_began = threading.Event()
     seen = []
-    failed = []
 
     def first():
         def inside():
             first_in.set()
-            second_in.wait(10)
+            second_began.wait(10)
 
         go_through(chain_that_calls(inside))
-        first_out.set()
 
     def second():
-        def inside():
-            second_in.set()
-            first_out.wait(10)
-            seen.append(settings())
-
         first_in.wait(10)
-        go_through(chain_that_calls(inside))
+        second_began.set()
+        go_through(chain_that_calls(lambda: seen.append(settings())))
         seen.append(settings())
 
-    def guarded(work):
-        try:
-            work()
-        except Exception as error:
-            failed.append(error)
-
-    workers = [threading.Thread(target=guarded, args=(work,)) for work in (first, second)]
+    workers = [threading.Thread(target=work) for work in (first, second)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join()
-    assert not failed
-    assert seen == [("ieee", 1), ("tf32", 2)]
+        worker.join(30)
+    return seen
+
+
+def test_a_chain_in_another_thread_is_exact(chains_in_two_threads):
+    assert chains_in_two_threads[0] == ("ieee", 1)
+
+
+def test_chains_in_several_threads_leave_the_settings_of_the_process(chains_in_two_threads):
+    assert chains_in_two_threads[1][0] == "tf32"
     assert settings() == ("tf32", 2)
+
+
+# --------------------------------------------------------------------------------- kernels/
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    augment._kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "kernels.splice", None)
+    yield
+    augment._kernels.cache_clear()
+
+
+def test_kernels_are_used_where_they_are():
+    assert augment._kernels().__name__ == "kernels"
+
+
+def test_without_kernels_the_plain_ways_are_taken_and_it_is_said(no_kernels):
+    with pytest.warns(UserWarning, match="slower.*kernels.splice"):
+        assert augment._kernels() is None
+
+
+def test_without_kernels_it_is_said_once(no_kernels):
+    with pytest.warns(UserWarning) as said:
+        augment._kernels()
+        augment._kernels()
+    assert len(said) == 1
+
+
+@pytest.mark.filterwarnings("ignore:there is no kernels/")
+def test_without_kernels_the_chain_gives_the_same_numbers(no_kernels, monkeypatch):
+    chain = Chain(RATE, probability={"noise": 0.5})
+    x = music(8)
+    draws = chain.draw(8, torch.Generator().manual_seed(8))
+    plain = chain(x, draws)
+    monkeypatch.undo()
+    augment._kernels.cache_clear()
+    fast = chain(x, draws)
+    assert ((fast - plain).norm(dim=2) < 5e-5 * plain.norm(dim=2)).all()
 
 
 # ------------------------------------------------------------------------- draws and the table
@@ -391,10 +431,9 @@ def listening(run, tmp_path_factory):
     return done, folder / "listen"
 
 
-def test_the_command_writes_every_sound_and_one_picture(listening):
+def test_the_command_writes_every_sound(listening):
     _, folder = listening
-    wanted = {f"{name}.wav" for name in NAMES} | {"spectrograms.png"}
-    assert {path.name for path in folder.iterdir()} == wanted
+    assert {path.name for path in folder.iterdir()} == {f"{name}.wav" for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -404,7 +443,7 @@ def test_the_sounds_are_mono_and_as_long_as_the_recording(listening, name):
     assert sound.shape == (3 * RATE,)
 
 
-@pytest.mark.parametrize("words", ["semitones", "dB", "Hz", " ms", "%", "spectrograms.png"])
+@pytest.mark.parametrize("words", ["semitones", "dB", "Hz", " ms", "%", "chain-3.wav"])
 def test_the_command_prints_what_was_drawn_with_its_units(listening, words):
     assert words in listening[0].stdout
 
@@ -428,3 +467,105 @@ def test_bad_commands_get_one_line(tmp_path, monkeypatch, capsys, args, code, wo
     assert came == code
     assert len(errors) == 1
     assert words in errors[0]
+
+
+def heard(folder, name):
+    return torch.from_numpy(soundfile.read(folder / f"{name}.wav", dtype="float32")[0])
+
+
+FORMATS = {"m4a": "aac", "webm": "opus", "wma": "wmav2", "mka": "flac", "mp3": "mp3"}
+
+
+def encode(path, codec, sound):
+    """sound (T,) into a container that its suffix names."""
+    av = pytest.importorskip("av")
+    rate = 48000 if codec == "opus" else 44100
+    try:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=rate, layout="mono")
+            frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+            frame.sample_rate = rate
+            fifo = av.AudioFifo()
+            to_codec = av.AudioResampler(stream.codec_context.format, "mono", rate)
+            fifo.write(to_codec.resample(frame)[0])
+            while piece := fifo.read(stream.codec_context.frame_size or 1024, partial=True):
+                container.mux(stream.encode(piece))
+            container.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        pytest.skip(f"this ffmpeg does not write {codec}: {error}")
+    return rate
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_any_format_is_read(tmp_path, suffix):
+    path = tmp_path / f"song.{suffix}"
+    sound = music(1, 96000)[0, 0].numpy()
+    rate = encode(path, FORMATS[suffix], sound)
+    x, found = augment.read(path, 60.0)
+    assert found == rate
+    assert abs(x.shape[2] - 96000) < 5000
+    ours = np.correlate(x[0, 0].numpy()[:30000], sound[5000:25000], "valid")
+    assert ours.max() > 0.8 * (sound[5000:25000] ** 2).sum()
+
+
+def test_only_the_beginning_of_a_long_recording_is_read(tmp_path):
+    path = tmp_path / "song.m4a"
+    rate = encode(path, "aac", music(1, 96000)[0, 0].numpy())
+    assert augment.read(path, 0.5)[0].shape == (1, 1, rate // 2)
+
+
+def test_without_pyav_it_is_said_how_to_read_other_formats(tmp_path, monkeypatch):
+    (tmp_path / "song.m4a").write_bytes(b"no audio")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match="pip install 'av"):
+        augment.read(tmp_path / "song.m4a", 1.0)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 800_000])
+def test_a_rate_that_no_recording_has_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "song.wav", np.zeros(100), rate)
+    with pytest.raises(ValueError, match=f"1 to 768 kHz.*{rate}"):
+        augment.read(tmp_path / "song.wav", 1.0)
+
+
+# ----------------------------------------------------------------------------------- streams
+
+PROGRAM = f"{sys.executable} {augment.__file__}"
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory):
+    path = tmp_path_factory.mktemp("streams") / "sông.wav"
+    soundfile.write(path, music(1, 4000)[0, 0].numpy(), RATE)
+    return path
+
+
+def in_a_shell(command, folder, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=folder, env=environment,
+        capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.mark.parametrize("rest, code", [
+    (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("| true", 0), (">/dev/full", 1)])
+def test_wherever_the_output_goes_there_is_no_traceback(song, tmp_path, rest, code):
+    done = in_a_shell(f"{PROGRAM} {song} --out listen {rest}", tmp_path)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert len(list((tmp_path / "listen").iterdir())) == len(NAMES)
+
+
+def test_names_are_printed_in_a_locale_that_lacks_their_letters(song, tmp_path):
+    listen = tmp_path / "höre"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = in_a_shell(f"{PROGRAM} {song} --out {listen}", tmp_path, **ascii_only)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_without_stderr_is_an_exit_code(tmp_path):
+    (tmp_path / "text.wav").write_text("no audio")
+    done = in_a_shell(f"{PROGRAM} text.wav 2>&-", tmp_path)
+    assert done.returncode == 1
+    assert not done.stdout

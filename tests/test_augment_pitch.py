@@ -218,7 +218,7 @@ def test_pitch_shift_by_nothing_changes_next_to_nothing():
 
 def plan_of(samples, semitones):
     x = music(len(semitones), samples)[:, 0]
-    return augment._splicing(x, 2 ** (torch.tensor(semitones).double() / 12), RATE)
+    return augment.Splicing(x, 2 ** (torch.tensor(semitones).double() / 12), RATE)
 
 
 @pytest.mark.parametrize("samples", [1, 1103, 14000, 59049])
@@ -226,19 +226,6 @@ def test_the_fast_way_is_the_plain_one(samples):
     plan = plan_of(samples, [-12.0, -5.0, -0.7, 0.0, 2.3, 5.0, 12.0])
     plain = augment._overlap_add(plan)
     assert (splice.overlap_add(plan) - plain).norm() < 1e-6 * plain.norm()
-
-
-def test_the_fast_way_is_taken():
-    augment._fastest_overlap_add.cache_clear()
-    assert augment._fastest_overlap_add() is splice.overlap_add
-
-
-def test_without_kernels_the_plain_way_is_taken_and_it_is_said(monkeypatch):
-    augment._fastest_overlap_add.cache_clear()
-    monkeypatch.setitem(sys.modules, "kernels.splice", None)
-    with pytest.warns(UserWarning, match="slower.*kernels.splice"):
-        assert augment._fastest_overlap_add() is augment._overlap_add
-    augment._fastest_overlap_add.cache_clear()
 
 
 def test_without_triton_a_gpu_takes_the_steps_and_it_is_said(monkeypatch):

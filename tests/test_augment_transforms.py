@@ -17,6 +17,7 @@ import torchaudio
 from sounds import RATE, SAMPLES, decibels, full, music, white
 
 import augment
+from kernels import filters
 
 # --------------------------------------------------------------------------- the simple ones
 
@@ -163,3 +164,32 @@ def test_reverb_of_short_audio(tmp_path):
     theirs = sox(x[0, 0], RATE, "reverb", 90, 20, 30, 0, 0, 0, folder=tmp_path)[:5000]
     ours = augment.reverb(x, full(90), full(20), full(30), RATE)[0, 0]
     assert (ours - theirs).norm() < 1e-3 * (theirs - x[0, 0]).norm()
+
+
+# ------------------------------------------------------------------------------ faster ways
+
+
+@pytest.mark.parametrize("samples", [1, 700, 59049])
+@pytest.mark.parametrize("cutoff", [30.0, 200.0, 1200.0, 4000.0, 11000.0])
+@pytest.mark.parametrize("kind", FILTERS)
+def test_a_filter_by_blocks_is_the_plain_one(monkeypatch, kind, cutoff, samples):
+    x = white(3, samples)
+    fast = FILTERS[kind](x, full(cutoff, 3), RATE)
+    monkeypatch.setattr(augment, "_kernels", lambda: None)
+    plain = FILTERS[kind](x, full(cutoff, 3), RATE)
+    assert (fast - plain).norm() < 1e-5 * plain.norm() + 1e-7 * x.norm()
+
+
+@pytest.mark.parametrize("samples", [1, 5000, 59049])
+def test_reverb_by_tables_is_the_plain_one(samples):
+    x = 0.1 * white(3, samples)[:, 0]
+    rooms = augment.Rooms(*torch.tensor([[90.0, 0, 50], [20, 100, 0], [30, 100, 0]]), RATE)
+    plain = augment._freeverb(x, rooms)
+    assert (filters.freeverb(x, rooms) - plain).norm() < 5e-5 * plain.norm()
+
+
+def test_a_product_of_several_spectra_is_one_after_the_other():
+    x = white(5, 3000)[:, 0]
+    response = torch.rand(5, 2049, generator=torch.Generator().manual_seed(0))
+    plain = augment._by_fft(x, response, 4096)
+    assert (filters.by_fft(x, response, 4096) - plain).norm() < 1e-6 * plain.norm()

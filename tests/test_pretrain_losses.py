@@ -14,6 +14,7 @@ from torch import nn
 import model
 import pretrain
 from pretraining import TOY, checkpoint, free_port, losses, run_to_its_end
+from training.cpc import CPCLoss
 from training.journal import read_log
 
 
@@ -77,7 +78,7 @@ def test_top1_counts_partners():
 def cpc():
     """A tiny CPC learner, audio, and negatives, one of which is the true frame itself."""
     torch.manual_seed(0)
-    learner = pretrain.CPCLoss(model.CPC(width=1 / 64), steps=3).double()
+    learner = CPCLoss(model.CPC(width=1 / 64), pretrain.gather, steps=3).double()
     x = torch.rand(2, 1, 59049, dtype=torch.float64) * 2 - 1
     negatives = torch.randint(2 * 124, (2, 124, 4))
     negatives[0, 5, 0] = 5

@@ -107,7 +107,7 @@ def stopped_by(number, folder, flags, size=1):
     return process.returncode, text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_at_the_end_of_the_step(tmp_path, flags, uninterrupted, number):
     code, text = stopped_by(number, tmp_path, flags)
     assert code == 128 + number, text

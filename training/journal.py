@@ -8,6 +8,7 @@ scikit-learn for the probe.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -33,16 +34,38 @@ def read_log(folder) -> list[dict]:
     return records
 
 
-def description(run, valid) -> str:
-    """What there is to know of a run before its first step. `valid`: the clips to probe."""
+def hear_some(clips, seed: int, few: int = 16):
+    """Are the samples of some clips, which the seed chooses, and of the last what was prepared?
+
+    `clips`: with sha256 (N, 32) of each one's int16 samples. Raises ValueError for one that is not.
+    """
+    if len(clips) == 0:
+        return
+    chosen = np.random.default_rng(abs(seed)).permutation(len(clips))[:few]
+    for i in {*chosen.tolist(), len(clips) - 1}:
+        try:
+            samples = (clips.waveform(i) * 32768).to(torch.int16).numpy()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{clips.folder}: the samples of {clips.id[i]} cannot be read "
+                             f"({error}); type: python prepare.py --check {clips.name}") from None
+        if hashlib.sha256(samples).digest() != clips.sha256[i].tobytes():
+            raise ValueError(f"{clips.folder}: the samples of {clips.id[i]} have changed since "
+                             f"they were prepared; type: python prepare.py --check {clips.name}")
+
+
+def description(run) -> str:
+    """What there is to know of a run before its first step."""
     pairs = run.pairs
     processes = dist.get_world_size() if dist.is_initialized() else 1
     text = (f"{run.clips.name}: {pairs.songs} songs, {pairs.steps_per_epoch} steps of "
             f"{pairs.batch_size} pairs an epoch ({pairs.dropped} songs of each epoch's end "
             f"dropped, {pairs.left_out} clips shorter than {pairs.n} samples left out); "
             f"{processes} process{'es' * (processes > 1)} on {run.device.type}, amp {run.amp}\n")
-    if run.settings.probe_every and not (run.clips.tags and len(valid)):
+    if run.settings.probe_every and not (run.clips.tags and len(run.valid)):
         text += "--probe-every: the data has no labelled train and valid clips to probe\n"
+    if run.smaller_batch:
+        text += (f"{pairs.batch_size} pairs are the most that these songs and processes allow; the "
+                 "paper has more: --batch-size\n")
     if run.step:
         return text + f"continuing from step {run.step} of {run.total}"
     return text + f"{run.total} steps"
@@ -88,7 +111,7 @@ class Log:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        names = ("loss", "top1", "pairs_per_s", "wait", "probe")
+        names = ("loss", "top1", "pairs_per_s", "wait", "others", "probe")
         shown = [f"{name} {record[name]}" for name in names if name in record]
         if record.get("pairs_per_s"):
             pairs_left = (self.total / record["step"] - 1) * record["pairs"]
@@ -114,24 +137,33 @@ class Meter:
         """Count a step."""
         self.sums += torch.stack([loss, top1])
 
-    def read(self, step: int, inputs) -> dict:
+    def read(self, step: int, inputs, watch) -> dict:
         """The means over all processes after this step, and how fast they came; then begin again.
 
-        `inputs.waited()`: the seconds that steps waited for their views.
+        `inputs.waited()`: the seconds that steps waited for their views. `watch.waited`: those that
+        this process waited for slower ones.
         """
         steps = step - self.step
-        processes = 1
-        if dist.is_initialized():
-            dist.all_reduce(self.sums)
-            processes = dist.get_world_size()
-        loss, top1 = (self.sums / processes / steps).tolist()  # on a GPU: when it has come so far
+        loss, top1 = (self.sums / steps).tolist()  # on a GPU: when it has come so far
         elapsed = time.perf_counter() - self.began
+        record = {"step": step, "pairs": step * self.batch_size, "loss": round(loss, 5),
+                  "top1": round(top1, 4),
+                  "pairs_per_s": round(steps * self.batch_size / elapsed, 2),
+                  "wait": round(inputs.waited() / elapsed, 4)}
+        if dist.is_initialized():
+            processes = dist.get_world_size()
+            row = torch.zeros(2 + processes)
+            row[:2] = torch.tensor([loss, top1]) / processes
+            row[2 + dist.get_rank()] = watch.waited / elapsed
+            watch.waited = 0.0
+            dist.all_reduce(row)
+            loss, top1, *others = row.tolist()
+            record |= {"loss": round(loss, 5), "top1": round(top1, 4)}
+            record["others"] = [round(share, 4) for share in others]
         self.sums.zero_()
         self.step = step
         self.began += elapsed
-        return {"step": step, "pairs": step * self.batch_size, "loss": round(loss, 5),
-                "top1": round(top1, 4), "pairs_per_s": round(steps * self.batch_size / elapsed, 2),
-                "wait": round(inputs.waited() / elapsed, 4)}
+        return record
 
     def end(self, step: int) -> dict:
         """The last line of a log: seconds of the whole, and the most memory that was in use."""

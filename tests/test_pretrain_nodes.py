@@ -1,0 +1,239 @@
+"""pretrain.py on several nodes: they agree before the first step, or each says who differs; what is
+lost ends the others in time. Two processes here play two nodes with folders of their own;
+bench/nodes.py does it with addresses and links, which needs root."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretraining import (QUIET, ROOT, TOY, assert_same, command, free_port, read_log,
+                         run_to_its_end, start, wait_for_step)
+from training import processes
+
+STEPS = 6
+
+
+def nodes(folder, flags, of_the_second=(), data=None):
+    """Start pretrain.py as process 0 and 1 of two nodes -> [Popen, Popen], each with its folder."""
+    env = {**os.environ, **QUIET, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+           "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    started = []
+    for rank, more in enumerate(([], of_the_second)):
+        args = [*flags, *more, "--out", folder / str(rank)]
+        program = [sys.executable, str(ROOT / "pretrain.py"), *map(str, args)]
+        started.append(subprocess.Popen(
+            program, env={**env, "RANK": str(rank)}, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return started
+
+
+def ends(processes):
+    """(exit code, text) of each."""
+    texts = [process.communicate(timeout=200)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, texts)]
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_data):
+    return ["--data", tiny_data, *TOY, "--save-every", 2, "--timeout", 0.3]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, flags):
+    folder = tmp_path_factory.mktemp("straight")
+    for code, text in ends(nodes(folder, [*flags, "--max-steps", STEPS])):
+        assert code == 0, text
+    return folder
+
+
+def test_the_log_says_how_long_each_waited_for_the_others(straight):
+    others = [record["others"] for record in read_log(straight / "0") if "loss" in record]
+    assert len(others) == STEPS
+    assert all(len(shares) == 2 and 0 <= min(shares) <= max(shares) <= 1 for shares in others)
+
+
+def test_only_the_first_node_writes(straight):
+    assert (straight / "0/checkpoint.pt").exists()
+    assert not (straight / "1").exists()
+
+
+@pytest.mark.parametrize("holder", ["0", "1"])
+def test_a_checkpoint_on_one_node_alone_continues_to_the_same_weights(
+        tmp_path, flags, straight, holder):
+    """Also where the nodes have changed places, as after a restart."""
+    for code, text in ends(nodes(tmp_path, [*flags, "--max-steps", 2])):
+        assert code == 0, text
+    if holder == "1":
+        os.rename(tmp_path / "0", tmp_path / "1")
+    (code, text), other = ends(nodes(tmp_path, [*flags, "--max-steps", STEPS]))
+    assert code == other[0] == 0, text
+    assert "continuing from step 2" in text
+    assert_same(tmp_path / "0", straight / "0")
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory, tiny_data):
+    """The prepared folder, with another fingerprint."""
+    folder = Path(shutil.copytree(tiny_data, tmp_path_factory.mktemp("other") / "data"))
+    meta = (folder / "meta.json").read_text(encoding="utf-8")
+    fingerprint = meta.split('"fingerprint": "')[1][:64]
+    (folder / "meta.json").write_text(meta.replace(fingerprint, fingerprint[::-1]))
+    return folder
+
+
+@pytest.mark.parametrize("flag, value, says", [
+    ("--lr", "0.001", "lr is 0.001, but 0.0003"),
+    ("--seed", "1", "seed is 1, but 0"),
+    ("--data", "OTHER", "fingerprint is"),
+    ("--data", "nowhere", "nowhere: not prepared"),
+], ids=["lr", "seed", "fingerprint", "missing"])
+def test_a_difference_stops_both_nodes_before_the_first_step(
+        tmp_path, flags, other_data, flag, value, says):
+    value = other_data if value == "OTHER" else value
+    for code, text in ends(nodes(tmp_path, [*flags, "--max-steps", 2], [flag, value])):
+        assert code == 1
+        assert text.count("\n") == 1, text
+        assert says in text
+        assert f"node {socket.gethostname()}" in text
+    assert not (tmp_path / "0").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_is_lost_is_named_by_the_other(tmp_path, flags, number):
+    first, second = nodes(tmp_path, [*flags, "--max-steps", 1000])
+    wait_for_step(tmp_path / "0", 3, first)
+    second.send_signal(number)
+    began = time.monotonic()
+    text, _ = first.communicate(timeout=150)
+    second.kill()
+    second.communicate()
+    assert time.monotonic() - began < 90  # 18 s, and what a busy machine adds
+    assert first.returncode == 1
+    assert f"lost process 1 on {socket.gethostname()}" in text, text
+    assert f"the last good checkpoint: {tmp_path}/0/checkpoint.pt" in text
+    assert "the same command continues" in text
+    assert "Traceback" not in text
+
+
+def parent(pid):
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("PPid"):
+            return int(line.split()[1])
+    return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_workers_do_not_outlive_torchruns_agent(tmp_path, flags):
+    agent = start([*flags, "--max-steps", 1000, "--out", tmp_path], 2)
+    wait_for_step(tmp_path, 3, agent)
+    workers = [int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_is(p, agent.pid)]
+    assert len(workers) == 2
+    agent.kill()
+    text, _ = agent.communicate(timeout=60)  # ends when nobody writes any more
+    assert "stopped after step" in text, text
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def parent_is(entry, pid):
+    try:
+        return parent(entry.name) == pid
+    except OSError:  # it has ended meanwhile
+        return False
+
+
+# --------------------------------------------------------------------- each part for itself
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as number 1 of two nodes; the first is far."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+                        "MASTER_ADDR": "far.example", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+
+
+def test_a_name_that_means_the_machine_itself_is_pointed_out(second_of_two, monkeypatch):
+    address = {"far.example": "192.0.2.7", processes.NODE: "127.0.1.1"}
+    monkeypatch.setattr(socket, "gethostbyname", address.get)
+    with pytest.raises(processes.Stop, match="127.0.1.1.*GLOO_SOCKET_IFNAME.*NCCL_SOCKET_IFNAME"):
+        processes.connect(torch.device("cpu"), 0.02)
+
+
+def test_who_cannot_connect_says_so_and_what_to_type(second_of_two, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(processes.Stop, match="could not connect.*GLOO_SOCKET_IFNAME"):
+        processes.connect(torch.device("cpu"), 0.02)
+
+
+def test_an_error_of_any_process_is_said_by_that_process(second_of_two, capsys):
+    with processes.one_line_errors("pretrain.py") as end:
+        raise OSError("the disk is on fire")
+    assert end.code == 1
+    line = f"pretrain.py: error: process 1 on {processes.NODE}: the disk is on fire\n"
+    assert capsys.readouterr().err == line
+
+
+def test_several_tasks_of_slurm_without_torchrun_are_refused(command, monkeypatch, tiny_data):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    done = command(["--data", tiny_data])
+    assert done.returncode == 2
+    assert "srun --ntasks=2 --ntasks-per-node=1 torchrun --nnodes=2 " in done.stderr
+    assert "--nproc_per_node=2" in done.stderr
+
+
+@pytest.fixture
+def lock(tmp_path):
+    lock = processes.Lock(tmp_path)
+    yield lock
+    lock.close()
+
+
+def test_a_second_run_into_a_folder_names_the_first(lock, command, flags):
+    lock.take()
+    done = command([*flags, "--out", lock.path.parent])
+    assert done.returncode == 1
+    assert f"is being trained (by process {os.getpid()} of {processes.NODE}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_lock_of_a_dead_process_does_not_block(lock):
+    lock.path.write_text("by process 1 of a machine that was lost")
+    lock.take()
+    assert f"process {os.getpid()}" in lock.path.read_text()
+
+
+def test_a_lock_that_was_given_back_leaves_nothing(lock):
+    lock.take()
+    lock.close()
+    assert not lock.path.exists()
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A disk without locks, as some network disks are."""
+    def flock(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(processes.fcntl, "flock", flock)
+
+
+def test_without_locks_of_the_disk_a_young_file_blocks(lock, no_flock):
+    lock.path.write_text("by process 1 of another machine")
+    with pytest.raises(ValueError, match="of another machine"):
+        lock.take()
+
+
+def test_without_locks_of_the_disk_an_old_file_does_not_block(lock, no_flock):
+    lock.path.write_text("by process 1 of a machine that was lost")
+    os.utime(lock.path, (0, 0))
+    lock.take()
+    assert f"process {os.getpid()}" in lock.path.read_text()
