@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -167,6 +168,14 @@ def test_a_log_and_a_picture_share_the_stem_of_their_result(path):
 def test_every_result_is_told_of_in_a_page(path):
     name = f"{path.parent.name}/{path.name}"
     assert any(name in (ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_the_headline_s_rows_are_those_of_the_result_it_names():
+    headline = json.loads((ROOT / "results/small/headline.json").read_text(encoding="utf-8"))
+    whole = json.loads((ROOT / "results/small" / headline["rows_of"]).read_text(encoding="utf-8"))
+    rows = {row["features"]: row for row in whole["table"]}
+    for row in headline["table"]:
+        assert row == {column: rows[row["features"]][column] for column in row}
 
 
 @pytest.mark.parametrize("page", PAGES)
