@@ -43,7 +43,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from typing import Callable
+from types import ModuleType
+from typing import Callable, Iterator
 
 import numpy as np
 import soundfile
@@ -57,7 +58,7 @@ HEADER = 128  # bytes of audio.npy before its first sample
 
 
 @functools.cache
-def engine(name, plain=False):
+def engine(name: str, plain: bool = False) -> ModuleType | None:
     """A module of splits/ beside this file. Where it is missing: None, which is said once, if there
     is a plain way, else FileNotFoundError."""
     try:
@@ -71,7 +72,7 @@ def engine(name, plain=False):
 
 # ------------------------------------------------------------------------------ the prepared folder
 
-def find(data):
+def find(data: str | os.PathLike) -> Path:
     """The prepared folder that a name under data/ or a path means.
 
     Raises FileNotFoundError, which says what to type.
@@ -110,7 +111,7 @@ class Clips:
 
     samples = None  # all of them, (M,) int16 in a device's memory, after `keep_on`
 
-    def __init__(self, folder, split=None):
+    def __init__(self, folder, split: str | None = None):
         if split not in (None, *SPLITS):
             raise ValueError(f"expected split {', '.join(SPLITS)} or None, got {split!r}")
         one = isinstance(folder, (str, os.PathLike))
@@ -140,12 +141,12 @@ class Clips:
         return {key: value for key, value in vars(self).items() if key not in ("maps", "samples")}
 
     @functools.cached_property
-    def maps(self):
+    def maps(self) -> list[np.memmap]:
         """Of each folder all samples, int16, memory-mapped: one clip's stand after another's."""
         counts = np.diff(self._first).tolist()
         return [_map(folder, count) for folder, count in zip(self.folders, counts)]
 
-    def keep_on(self, device):
+    def keep_on(self, device: str | torch.device) -> bool:
         """Copy all samples to `device`, from where `crops` then cuts.
 
         Returns False, and copies nothing, where half of a GPU's free memory is too small.
@@ -161,11 +162,11 @@ class Clips:
                 self.samples[first + i : first + i + len(part)] = part
         return True
 
-    def waveform(self, i):
+    def waveform(self, i: int) -> torch.Tensor:
         """Clip i as (T,) float32 in [-1, 1)."""
         return self.crops([i], [0], int(self.length[i]))[0, 0]
 
-    def crops(self, index, start, n_samples):
+    def crops(self, index, start, n_samples: int) -> torch.Tensor:
         """Cut B crops, the b-th from sample start[b] of clip index[b] on.
 
         Returns (B, 1, n_samples) float32 in [-1, 1), on the CPU, or where `keep_on` put the
@@ -204,16 +205,15 @@ class Clips:
             row *= 1 / FULL_SCALE  # row by row, while it is in the cache
         return crops
 
-    def changed(self, i):
+    def changed(self, i: int) -> bool:
         """Are the samples of clip i other ones than were written, by their sha256?"""
         k = int(np.searchsorted(self._first, self.start[i], side="right")) - 1
         first = int(self.start[i] - self._first[k])
         samples = np.ascontiguousarray(self.maps[k][first : first + int(self.length[i])])
         return hashlib.sha256(samples).digest() != self.sha256[i].tobytes()
 
-    def verify(self, seed=0, n_clips=16):
-        """A quick check of `n_clips` clips, drawn by the seed; ValueError names the first that
-        changed."""
+    def verify(self, seed: int = 0, n_clips: int = 16) -> None:
+        """A quick check of `n_clips` clips, drawn by the seed; ValueError names a changed one."""
         for i in np.random.default_rng(seed).permutation(len(self))[:n_clips]:
             if self.changed(i):
                 folders = " ".join(shlex.quote(str(folder)) for folder in self.folders)
@@ -221,7 +221,7 @@ class Clips:
                                  f"prepare.py --check {folders} names all that are damaged")
 
 
-def check(folder, progress=False):
+def check(folder: str | os.PathLike, progress: bool = False) -> list[str]:
     """Read every sample of a prepared folder again: a list of what is not as it was written."""
     try:
         clips = Clips(folder)
@@ -252,16 +252,16 @@ def _read_prepared(folder):
     with np.load(folder / "clips.npz") as file:
         tables = {key: file[key] for key in file}
     for key in ("id", "artist"):
-        text = tables[key].tobytes().decode("utf-8", "surrogateescape")
-        tables[key] = np.array(text.split("\0"), object)
+        if key in tables and tables[key].dtype == np.uint8:
+            text = tables[key].tobytes().decode("utf-8", "surrogateescape")
+            tables[key] = np.array(text.split("\0"), object)
     return tables, meta
 
 
 # ----------------------------------------------------------------------------------------- decoding
 
-def decode(path, sample_rate=SAMPLE_RATE):
-    """Decode one file, of any format people own, any rate from 1 to 768 kHz, any number of
-    channels.
+def decode(path: str | os.PathLike, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Decode one file of any format, any rate from 1 to 768 kHz, any number of channels.
 
     Returns the mean of the channels at `sample_rate` (Hz), (T,) float32 in [-1, 1]: what a lossy
     codec lets overshoot full scale is turned down to a peak of 1, not distorted. Raises
@@ -271,7 +271,7 @@ def decode(path, sample_rate=SAMPLE_RATE):
     return torch.cat(list(stream(path, sample_rate)))
 
 
-def stream(path, sample_rate=SAMPLE_RATE, survey=None):
+def stream(path, sample_rate: int = SAMPLE_RATE, survey=None) -> Iterator[torch.Tensor]:
     """`decode` in bounded memory: yields pieces (n,) that in a row are what it returns.
 
     A file of more than some minutes is read twice: only its end tells whether it is whole, and its
@@ -294,8 +294,7 @@ HELD = 1 << 23  # samples that `stream` keeps in memory: six minutes at 22,050 H
 
 
 def _resampled(path, sample_rate, survey):
-    """Yield mono pieces (n,) at `sample_rate`; raise what `decode` raises, some of it at the
-    end."""
+    """Yield mono pieces (n,) at `sample_rate`; raise what `decode` raises, perhaps at the end."""
     for (_, rate), blocks in itertools.groupby(_blocks(path, survey), key=lambda block: block[:2]):
         up, down = _ratio(rate, sample_rate)
         margin = 40 * down  # more than the filters' width
@@ -342,7 +341,7 @@ def _ratio(rate, new_rate):
     return Fraction(new_rate, rate).limit_denominator(3000).as_integer_ratio()
 
 
-def resample(x, rate, new_rate):
+def resample(x: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
     """Band-limited resampling of x (T,) from `rate` to `new_rate` (Hz) -> (ceil(T new_rate /
     rate),).
 
@@ -412,12 +411,12 @@ class Listing(list):
                                     f"{clips[0].id}, ...")
 
     @property
-    def skipped(self):
+    def skipped(self) -> list[dict]:
         """[{file, reason}] of all that is known before decoding."""
         reason = "missing: listed, but not there"
         return [{"file": clip.id, "reason": reason} for clip in self.missing] + self.others
 
-    def shard(self, i, n):
+    def shard(self, i: int, n: int) -> "Listing":
         """The i-th of n parts (1 to n): whole songs, chosen by a hash of their names alone."""
         def inside(clip):
             name = (clip.group or clip.id).encode("utf-8", "surrogateescape")
@@ -431,7 +430,7 @@ class Listing(list):
 PLAIN = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")  # what it finds, copied alone
 
 
-def audio_files(root, key=lambda relative: relative.as_posix()):
+def audio_files(root, key: Callable = lambda relative: relative.as_posix()) -> dict:
     """Every audio file below root: {key of its relative path: path}, in order of the paths.
 
     Raises ValueError where two files have one key, FileNotFoundError where there are none. What was
@@ -444,7 +443,7 @@ def audio_files(root, key=lambda relative: relative.as_posix()):
     return {key(path.relative_to(root)): path for path in paths}
 
 
-def read_folder(root, labels=None):
+def read_folder(root, labels=None) -> Listing:
     """Any directory of audio, searched recursively, with or without a table of labels.
 
     `labels` is a CSV as splits/tables.py reads it: columns file, optionally split, group and
@@ -459,7 +458,7 @@ def read_folder(root, labels=None):
     return Listing([Clip(**row) for row in rows], **about)
 
 
-def read_demo(root=None):
+def read_demo(root=None) -> Listing:
     """The freely licensed music in this repository, labelled by composer."""
     root = root or Path(__file__).resolve().parent / "demo"
     return read_folder(root, root / "labels.csv")
@@ -498,7 +497,7 @@ class Options:
     stream: Callable = stream       # decodes; tests hand in another one
 
 
-def write(listing, target, options=None):
+def write(listing: Listing, target, options: Options | None = None) -> dict:
     """Decode a listing into the prepared folder `target`; what an interrupted run left in
     `target.partial` is not done again.
 
@@ -511,7 +510,7 @@ def write(listing, target, options=None):
 
 # --- program: what one types ----------------------------------------------------------------------
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog="prepare.py", description="Turn recordings into one folder under data/.",
@@ -542,7 +541,7 @@ def build_parser():
     return parser
 
 
-def number(least, most, kind=float):
+def number(least: float, most: float, kind: Callable = float) -> Callable:
     """The type of a flag that takes a number from `least` to `most`."""
     def read(text):
         if not least <= kind(text) <= most:
@@ -552,7 +551,7 @@ def number(least, most, kind=float):
     return read
 
 
-def parse(argv):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments that fit together; the parser's error (exit code 2) says what does not."""
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -581,7 +580,7 @@ def parse(argv):
     return args
 
 
-def say(text, stream):
+def say(text: str, stream) -> None:
     """Print text whose control characters, in file names and tags, do nothing to a terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
     try:
@@ -590,7 +589,7 @@ def say(text, stream):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run(args, argv):
+def run(args: argparse.Namespace, argv: list[str]) -> str:
     """Read a data set and write its folder, or say what that would be; the text to be told."""
     if args.download:
         engine("fetch").fetch(args.data, args.root, args.subset or "medium")
@@ -610,7 +609,7 @@ def run(args, argv):
     return f"{out}\n{engine('writing').describe(meta)}\n{following(meta, out, args)}"
 
 
-def following(meta, out, args):
+def following(meta: dict, out: Path, args: argparse.Namespace) -> str:
     """What one types next, quoted so that it can be pasted, for what was prepared."""
     name = shlex.quote(out.name if out.parent == Path("data") else str(out))
     run = shlex.quote(f"runs/{meta['name']}/encoder.pt")
@@ -623,7 +622,7 @@ def following(meta, out, args):
     return f"next: python pretrain.py --data {name}\nthen: {after}"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:

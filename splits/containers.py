@@ -17,6 +17,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import BinaryIO
 
 SLACK = 256  # bytes: some headers count themselves, or a byte that pads
 
@@ -30,7 +31,7 @@ class Part:
     samples: int = 0  # so many at least must come out, where the container tells
 
 
-def find_parts(file, size, notes):
+def find_parts(file: BinaryIO, size: int, notes: list[str]) -> list["Part"]:
     """The streams of a file, in order, as a list of Part; ValueError where the container shows
     damage."""
     start = _after_id3(file, 0)

@@ -58,7 +58,7 @@ DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, ValueErro
            NotImplementedError)
 
 
-def fetch(data, root, subset="medium", pause=2.0):
+def fetch(data: str, root, subset: str = "medium", pause: float = 2.0) -> None:
     """Download and unpack what a data set lacks in `root`; interrupted, it continues.
 
     Raises ValueError when the data set is not public, OSError when an address fails, a checksum
@@ -109,7 +109,7 @@ def _fits(path, checksum):
 
 # ----------------------------------------------------------------------------------------- archives
 
-def unpack(archive, root, pieces=(), growth=20, spare=GB):
+def unpack(archive, root, pieces=(), growth: int = 20, spare: int = GB) -> None:
     """Unpack a .zip or .tar.gz beside its destination, then move what came out into `root`.
 
     File by file: what else lies in a folder of the same name stays. Nothing but plain files is
@@ -179,7 +179,8 @@ def _write(source, target, left):
 
 # ----------------------------------------------------------------------------------------- download
 
-def download(addresses, path, checksum="", tries=5, pause=2.0, most=GB):
+def download(addresses: list[str], path, checksum: str = "", tries: int = 5, pause: float = 2.0,
+             most: int = GB) -> None:
     """Fetch one file: continue what is there of it, try the addresses in turn, check, then name it.
 
     Args:

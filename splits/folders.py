@@ -5,6 +5,7 @@ import os
 import stat
 import unicodedata
 from pathlib import Path
+from typing import Callable
 
 AUDIO = set("""
     .wav .wave .w64 .rf64 .caf .aif .aiff .aifc .au .snd .flac .ogg .oga .opus .spx .mp3 .mp2 .mpga
@@ -31,7 +32,7 @@ class Found(dict):
         self.left_out = []
 
 
-def audio_files(root, key):
+def audio_files(root, key: Callable[[Path], object]) -> Found:
     """Every audio file below root: {key of its relative path: path}, in order of the paths, as a
     Found.
 

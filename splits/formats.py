@@ -12,6 +12,7 @@ import io
 import os
 import re
 import stat
+from typing import Iterator
 
 import numpy as np
 import soundfile
@@ -63,7 +64,7 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def blocks(path, survey):
+def blocks(path, survey: "Survey") -> Iterator[tuple[int, int, np.ndarray]]:
     """Decode a file block by block, in bounded memory.
 
     Args:
@@ -106,7 +107,7 @@ class Survey:
         self.mono_energy = 0.0
         self.notes = []      # what is odd, in words
 
-    def mix(self, block):
+    def mix(self, block: np.ndarray) -> np.ndarray:
         """The mean of the channels of a block (n, C) as (n,)."""
         mono = block @ np.full(block.shape[1], 1 / block.shape[1], np.float32)
         self.wrong += int((~np.isfinite(mono)).sum())
@@ -137,7 +138,7 @@ class Survey:
         top = magnitude >= 0.9999 * max(peak, self.peak)
         self.flat += int((top[:-2] & top[1:-1] & top[2:]).sum())
 
-    def facts(self):
+    def facts(self) -> dict:
         """{rate, peak, clipped: the share of flat-topped samples, notes}."""
         notes = list(self.notes)
         if self.mono_energy < 1e-4 * self.energy:

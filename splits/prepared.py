@@ -26,7 +26,7 @@ COLUMNS = {"start": "i", "length": "i", "split": "u", "group": "i", "labels": "u
            "rate": "i", "peak": "f", "clipped": "f"}  # with their kinds; and id, artist
 
 
-def read(folder):
+def read(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     """(tables {column: array}, meta) of one prepared folder, which must be as they were written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def _unpack_text(column):
     return np.array(column.tobytes().decode("utf-8", "surrogateescape").split("\0"), object)
 
 
-def fingerprint(tables, sample_rate, tags):
+def fingerprint(tables: dict[str, np.ndarray], sample_rate: int, tags: list[str]) -> str:
     """sha256 over all that training and evaluation can see: samples, splits, songs, labels, rate,
     tags."""
     digest = hashlib.sha256(json.dumps([sample_rate, list(tags), tables["id"].tolist()]).encode())
@@ -90,7 +90,7 @@ def _checksum(meta):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def join(folders, metas):
+def join(folders: list[Path], metas: list[dict]) -> dict:
     """One meta for several folders that count as one set."""
     rates = {meta["sample_rate"] for meta in metas}
     if len(rates) > 1:
@@ -109,7 +109,7 @@ def join(folders, metas):
     return joined
 
 
-def seal(folder, tables, meta):
+def seal(folder: Path, tables: dict[str, np.ndarray], meta: dict) -> dict:
     """Write header of audio.npy, clips.npz and meta.json, each sure to be on the disk; the meta."""
     shape = (int(tables["length"].sum()),)
     with open(folder / "audio.npy", "r+b") as file:

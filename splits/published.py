@@ -16,6 +16,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from .tables import read_table
 HERE = Path(__file__).resolve().parent
 
 
-def read(name, root, audio_files, **options):
+def read(name: str, root, audio_files: Callable, **options) -> tuple[list[dict], dict]:
     """Read a data set by its name; ValueError when a table lacks what was published in it."""
     try:
         return READERS[name](root, audio_files, **options)
@@ -46,7 +47,7 @@ def _with_files(rows, files, key):
     return rows
 
 
-def read_mtat(root, audio_files, split="all"):
+def read_mtat(root, audio_files: Callable, split: str = "all") -> tuple[list[dict], dict]:
     """MagnaTagATune: annotations_final.csv, clip_info_final.csv, mp3s in folders 0 to f.
 
     Split by folder: 0-b train, c valid, d-f test. The 50 most frequent tags; `split` "all" keeps
@@ -79,7 +80,7 @@ def _most_frequent(rows, tags, n):
     return sorted(count, key=lambda tag: (-count[tag], tag))[:n]
 
 
-def read_gtzan(root, audio_files):
+def read_gtzan(root, audio_files: Callable) -> tuple[list[dict], dict]:
     """GTZAN: a folder per genre, any format; the fault-filtered split of splits/gtzan."""
     clips = []
     for split in ("train", "valid", "test"):
@@ -93,7 +94,7 @@ def read_gtzan(root, audio_files):
         "broken": ["jazz.00054"]}
 
 
-def read_fma(root, audio_files, subset="medium"):
+def read_fma(root, audio_files: Callable, subset: str = "medium") -> tuple[list[dict], dict]:
     """FMA: fma_metadata/tracks.csv and genres.csv, audio in fma_SUBSET/000/000002.mp3; official
     split.
 
@@ -127,7 +128,7 @@ def _top_genres(row, genres):
     return sorted({genres[top]["title"] for top in tops})
 
 
-def read_msd(root, audio_files):
+def read_msd(root, audio_files: Callable) -> tuple[list[dict], dict]:
     """Million Song Dataset: 30 s previews named by track id (TRAAAAW128F429D538.mp3) or 7digital
     id.
 
@@ -166,7 +167,7 @@ def _text(value):
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def read_billboard(root, audio_files):
+def read_billboard(root, audio_files: Callable) -> tuple[list[dict], dict]:
     """McGill Billboard: billboard-2.0-index.csv and the songs one owns, named by number (0003.mp3,
     0003/song.flac) or "Artist - Title"; a song not owned is no loss. No labels, all train."""
     def letters(text):
@@ -260,7 +261,7 @@ class _Plain(pickle.Unpickler):
         return text.encode("latin-1")
 
 
-def read_pickle(path):
+def read_pickle(path: Path) -> list | dict:
     """A pickled list or dict of numbers, bytes, strings and arrays of numbers; runs none of its
     code."""
     try:

@@ -15,17 +15,18 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 
 KNOWN = ("", "file", "split", "group", "artist")  # columns that are no tags
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 
 
-def nfc(text):
+def nfc(text: str) -> str:
     """Text in the one spelling that Unicode calls NFC: an accent may be a letter of its own."""
     return unicodedata.normalize("NFC", text)
 
 
-def read_lines(path, headers=1, strict=False):
+def read_lines(path, headers: int = 1, strict: bool = False) -> tuple[list[str], list]:
     """Read a CSV: comma, semicolon or tab; plain or .gz; Excel's first line `sep=;` is understood.
 
     Args:
@@ -70,7 +71,7 @@ def read_lines(path, headers=1, strict=False):
         raise ValueError(f"{path}: expected a CSV in UTF-8: {error}") from None
 
 
-def read_table(path, headers=1):
+def read_table(path, headers: int = 1) -> tuple[list[dict], list[str]]:
     """A published CSV: (rows as dicts, columns)."""
     columns, rows = read_lines(path, headers)
     return [row for _, row in rows], columns
@@ -87,14 +88,14 @@ class Form:
     split: bool  # is there a column `split`?
 
     @property
-    def task(self):
+    def task(self) -> str:
         """multilabel, singlelabel or none."""
         if self.column == "label":
             return "singlelabel"
         return "multilabel" if self.column or self.names else "none"
 
 
-def read_labels(path, root, files, aliases=None):
+def read_labels(path, root, files: dict, aliases: dict | None = None) -> tuple[list[dict], dict]:
     """Match a user's table with the recordings below `root`.
 
     Args:
@@ -206,7 +207,7 @@ class _Names:
         return spellings[1]
 
 
-def deal(songs):
+def deal(songs: Iterable[str]) -> dict[str, str]:
     """{song: split}, 80 : 10 : 10 by a hash of its name, so that a song always lands in the same
     split.
 

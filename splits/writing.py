@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ SYNC = 10.0  # seconds between writes that are sure to have reached the disk
 TELLING = {"test": 100, "valid": 30}  # songs from which on a split begins to mean something
 
 
-def write(listing, target, options):
+def write(listing, target: Path, options) -> dict:
     """See prepare.write."""
     out = target.resolve() if target.is_symlink() else target  # beside what the link points to
     recipe = (f"{options.sample_rate} Hz, segments of {options.segment} s, "
@@ -273,7 +274,7 @@ class Job:
     target: str       # the file to write
 
 
-def convert(job, stream):
+def convert(job: Job, stream: Callable) -> dict:
     """Decode one recording into a file of int16 samples; its journal entry, without id and size."""
     survey = Survey()
     length = 0
@@ -301,7 +302,7 @@ def convert(job, stream):
     return {"lengths": lengths, "sha256": digests, **survey.facts()}
 
 
-def estimate(clips, options):
+def estimate(clips: list, options) -> tuple[int, float]:
     """Bytes that a list of Clip will take, and seconds of one core, from decoding up to eight of
     them."""
     some = clips[:: max(1, len(clips) // 8)][:8]
@@ -437,7 +438,7 @@ def _small_splits(listing, tables):
     return hints
 
 
-def forecast(listing, out, options):
+def forecast(listing, out: Path, options) -> str:
     """What a dry run says: files, hours, bytes, minutes."""
     size, seconds = estimate(listing, options)
     disk = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
@@ -452,7 +453,7 @@ def forecast(listing, out, options):
             f"{workers}")
 
 
-def describe(meta):
+def describe(meta: dict) -> str:
     """The closing table of a prepared folder, as text."""
     lines = [f"{'':6}{'clips':>9}{'published':>11}{'songs':>9}{'hours':>9}"]
     for split, count in zip(SPLITS, meta["published"] or ("",) * 3):
