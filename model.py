@@ -219,7 +219,7 @@ class MelCNN(nn.Module):
     """A convolutional network on a log-mel spectrogram of 96 bands and 152 frames.
 
     `forward(x (B, 1, 3**10)) -> (B, 2 C)`: the mean and the maximum over time and bands of the last
-    block's C channels, by a hundredth of SampleCNN's arithmetic. Autograd, AMP (the spectrogram
+    block's C channels, by a thirty-fifth of SampleCNN's arithmetic. Autograd, AMP (the spectrogram
     stays in full precision), TorchScript, torch.export and ONNX are supported.
 
     The bands are log(1 + 10^4 p), p the power of a Hann window's Fourier transform in a band; a
