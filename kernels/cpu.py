@@ -1,30 +1,28 @@
-"""SampleCNN's blocks in training on a CPU: the same numbers in less time and memory, and exact
-statistics.
+"""SampleCNN's blocks in training on a CPU: the same numbers in less time and memory, by exact sums.
 
 What it computes. A block is a convolution y = W x + b, batch norm with the statistics of the batch,
 max-pool 3 (not in the first and the last block) and ReLU. `StemStep` is the first block, whose
-windows of three samples do not overlap, `BlockStep` every other; both know forward and backward
-pass.
+windows of three samples do not overlap, `BlockStep` every other; both know forward and backward.
 
 Why it is faster. torch's layers each pass over the whole batch, more than a gigabyte in the first
-blocks; its batch norm adds up long channels-last columns one number after the other (gradients
-off by up to 3 % against float64, here 2e-5); and its weight gradient of channels-last float32
+blocks; its batch norm adds up long channels-last columns one number after the other (gradients off
+by up to 3 % against float64, here 2e-5); and its weight gradient of channels-last float32
 convolutions is fifteen times slower than a matrix product on processors without AVX-512. Instead:
-  - Work goes by groups of a few examples, which stay in the processor's cache from the
-    convolution on.
+  - Work goes by groups of a few examples, which stay in the processor's cache from the convolution
+    on.
   - Batch norm does not decrease where its weight is positive, so the maximum can be taken before
-    it, and a third of the numbers is left to normalise. The sign of a negative weight goes into
-    the convolution.
+    it, and a third of the numbers is left to normalise. The sign of a negative weight goes into the
+    convolution.
   - Sums go over a group in the input's type, then on in float64, and over all processes where the
-    norm's statistics are those of all (section 3.2), which torch's SyncBatchNorm refuses to do on
-    a CPU.
-  - The gradient of y is affine in y, plus the incoming gradient at the maxima: it is made group
-    by group, and turned into the gradients of weights and input at once. The bias moves the
-    running mean alone: its gradient is zero.
+    norm's statistics are those of all (section 3.2), which torch's SyncBatchNorm refuses on a CPU.
+  - The gradient of y is affine in y, plus the incoming gradient at the maxima: it is made group by
+    group, and turned into the gradients of weights and input at once. The bias moves the running
+    mean alone: its gradient is zero.
   - The stem never reads its output, the largest tensor of all: see `StemStep`.
 
-The plain way: the layers themselves, nn.Sequential.forward, which tests/test_kernels.py compares
-in float64. By how much it is faster: kernels/__init__.py.
+The plain way: the layers themselves, nn.Sequential.forward, with which tests/test_kernels_cpu.py
+compares in float64; over processes, model.BatchNormOverProcesses among them.
+By how much it is faster: kernels/__init__.py.
 
 Images are channels-last (b, C, 1, T); rows are views of them, (b, T, C).
 """
@@ -40,12 +38,11 @@ POOL = 3
 
 @dataclass
 class Statistics:
-    """What batch norm knows of a batch, in float64: `count` numbers of each channel; the rest
-    (C,)."""
+    """What batch norm knows of a batch, in float64; `count` is of the numbers of a channel."""
 
     count: Tensor
-    mean: Tensor  # without the convolution's bias, which normalising takes away again
-    inverse: Tensor  # 1 / sqrt(variance + eps)
+    mean: Tensor  # (C,), without the convolution's bias, which normalising takes away again
+    inverse: Tensor  # (C,), 1 / sqrt(variance + eps)
 
 
 def over_processes(norm: nn.Module) -> bool:
@@ -92,8 +89,7 @@ def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def group_size(x: Tensor, numbers: int) -> int:
-    """How many examples of so many numbers to work on together: a CPU's cache holds them, they
-    fill a GPU."""
+    """How many examples of so many numbers to work on together: they fill a cache, or a GPU."""
     together = 1 << (20 if x.device.type == "cpu" else 26)
     return max(1, together // numbers)
 
@@ -106,8 +102,7 @@ def where_open(grad: Tensor, out: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- the first block
 
 def stem_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Audio (B, 1, 1, T) -> rows (N, 4), N = B T / 3: a one, and the three samples r of each
-    window."""
+    """Audio (B, 1, 1, T) -> rows (N, 4), N = B T / 3: a one and the samples r of a window."""
     return F.pad(x.reshape(-1, 3).to(dtype), (1, 0), value=1.0)
 
 
@@ -154,8 +149,7 @@ def stem_gradients(sums: Tensor, moments: Tensor, weight: Tensor, gamma: Tensor,
 
 
 class StemStep(torch.autograd.Function):
-    """The stem's forward and backward pass in training, without writing down anything large but
-    its output.
+    """The stem's two passes in training; nothing large is written down but its output.
 
     Its windows r of three samples do not overlap, so the convolution is y = W r, and a channel's
     mean and variance follow from the mean and the 3 x 3 covariance of the windows: W E[r] and W
@@ -201,8 +195,7 @@ class StemStep(torch.autograd.Function):
 
     @staticmethod
     def through_statistics(rows, weight, gamma, found, means):
-        """The part of the audio's gradient that comes through mean and variance, affine in the
-        audio: (N, 3)."""
+        """What comes through mean and variance to the audio's gradient: (N, 3), affine in it."""
         w = weight.detach().double().flatten(1)
         scale = gamma * found.inverse
         slope = scale * means[1] * found.inverse
@@ -247,8 +240,7 @@ def maxima(x: Tensor, weight: Tensor, pool: int, keep: bool, high: torch.dtype):
 
 
 def block_statistics(sums: Tensor, count: int, sign: Tensor, bias: Tensor, norm) -> Statistics:
-    """Mean and deviation from the sums of this process over `count` numbers; moves the running
-    statistics.
+    """Mean and deviation from this process's sums over `count` numbers, the running ones moved.
 
     Args: sign (C',): that of the norm's weight, which the convolution has taken in."""
     everywhere = over_processes(norm)
@@ -261,8 +253,7 @@ def block_statistics(sums: Tensor, count: int, sign: Tensor, bias: Tensor, norm)
 
 
 def to_maxima(g: Tensor, y: Tensor) -> Tensor:
-    """Each gradient (b, T / 3, C) at the largest of its three steps of y (b, T, C), zeros
-    elsewhere."""
+    """Gradients (b, T / 3, C), each at the largest of its three steps of y (b, T, C)."""
     g = as_image(g)
     y = as_image(y)
     at = F.max_pool2d(y, (1, POOL), return_indices=True)[1]
@@ -285,8 +276,7 @@ def add_weight_gradient(of_weight: Tensor, d: Tensor, rows: Tensor):
 
 
 class BlockStep(torch.autograd.Function):
-    """Convolution, batch norm in training, max-pool (if the block has one) and ReLU: see the head
-    of this file."""
+    """Convolution, batch norm, max-pool (if the block has one) and ReLU: see this file's head."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, block):

@@ -1,9 +1,8 @@
-"""Files for other programs: TorchScript, torch.export, ONNX; each is loaded again and compared
-with eager.
+"""Files for other programs, TorchScript, torch.export, ONNX: written, loaded again, compared.
 
-No pass that is faster, but machinery that model.py's reader does not need: how three exporters of
-torch are called, and how one finds out that what they wrote is right. model.export_torchscript,
-export_program and export_onnx hand in the module, what describes it, and how a file is written.
+Machinery that a reader of model.py does not need: how torch's exporters are called, and how one
+finds out that what they wrote is right. model.export_torchscript, export_program and export_onnx
+hand in what is exported, and how a file is written.
 """
 import copy
 import functools
@@ -23,8 +22,7 @@ from .machine import versions
 
 
 class Exported(nn.Module):
-    """What encoder.ts and tagger.ts hold: windows, the encoder, an optional head, the mean over
-    windows.
+    """What encoder.ts and tagger.ts hold: windows, encoder, perhaps a head, and their mean.
 
         audio  |-- window 0 --|-- window 1 --|-- window 2 --| rest (less than a window: left out)
     """
@@ -135,8 +133,7 @@ def noise(batch: int, samples: int) -> Tensor:
 
 
 def torchscript(module: nn.Module, path: Path, sidecar: str, save: Callable) -> list:
-    """Write `module(audio (B, 1, T)) -> (B, D)` -> [(audio, what the file gives)], at two
-    lengths."""
+    """Write `module(audio (B, 1, T)) -> (B, D)` -> [(audio, what the file gives)], two lengths."""
     samples = module.input_samples
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -150,8 +147,7 @@ def torchscript(module: nn.Module, path: Path, sidecar: str, save: Callable) -> 
 
 
 def program(module: nn.Module, path: Path, sidecar: str, save: Callable) -> list:
-    """Write one window's rows `(B, 1, input_samples) -> (B, D)` as a torch.export program, for
-    any B."""
+    """Write one window's rows, `(B, 1, input_samples) -> (B, D)`, as a torch.export program."""
     audio = noise(4, module.input_samples)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -165,9 +161,8 @@ def program(module: nn.Module, path: Path, sidecar: str, save: Callable) -> list
 
 
 def onnx(module: nn.Module, path: Path, sidecar: str, save: Callable) -> list:
-    """Write one window's rows, `audio (B, 1, input_samples) -> features (B, D)`, for any B, as
-    ONNX; the sidecar is its metadata `sidecar`. It is compared where onnxruntime is installed, at
-    two batch sizes."""
+    """Write one window's rows, `audio (B, 1, input_samples) -> features (B, D)`, as ONNX, with the
+    sidecar as metadata; compared at two batch sizes, where onnxruntime is installed."""
     library = needed("onnx", "to write ONNX")
     audio = noise(3, module.input_samples)
     with warnings.catch_warnings(), torch.no_grad():

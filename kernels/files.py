@@ -47,8 +47,7 @@ class _PlainPickle:
     """A pickle module for torch.load that makes tensors, numbers, strings, lists and dicts alone.
 
     Nothing it hands out is an object of torch or Python that a file could change: a class is made
-    anew each time. Written in Python, its memo cannot be made to fill the memory, as that of the
-    C twin."""
+    anew each time. Its memo is Python's, which a file cannot make fill the memory as C's."""
 
     class Unpickler(pickle._Unpickler):
         def find_class(self, module, name):

@@ -1,23 +1,21 @@
 """SampleCNN's blocks in training on a GPU: what lies between the convolutions, as Triton kernels.
 
-What it computes: as kernels/cpu.py, a block's forward and backward pass in training (`StemStep`,
-`BlockStep`).
+What it computes: as kernels/cpu.py, a block's forward and backward pass (`StemStep`, `BlockStep`).
 
 Why it is faster. The convolutions of a step of 96 pairs take an H200 3.2 ms, the step by torch's
 layers 35: bias, batch norm, max-pool and ReLU each read and write tensors of up to a gigabyte,
 forward and backward. Here a convolution's output y is read
-    forward    once, for the sums that batch norm needs, and for the maxima, a third of the
-    numbers, which
-               are normalised after it
+    forward    once, for the sums that batch norm needs, and for the maxima, a third of the numbers,
+               which are normalised after it
     backward   once, for its own gradient; the sums that this needs come from the maxima
 and the stem's output is written once and never read for its own sake. Sums are taken in float32
 over about a thousandth of the rows, and then on in float64.
 
-The plain way: torch's layers, about four times the time (kernels/__init__.py has the figures). It
-needs Triton, which comes with torch for Linux, a C compiler, and T a multiple of the pool.
+The plain way: torch's layers. It needs Triton, which comes with torch for Linux, a C compiler, and
+T a multiple of the pool. By how much it is faster: kernels/__init__.py.
 
-Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T. `shape` is (R, C) of
-what a kernel walks over. Tiles are of TILE numbers, COLUMNS of them side by side.
+Everything is written as rows: (B, C, 1, T) channels-last is (R, C), R = B T. `shape` is the (R, C)
+that a kernel walks over. Tiles are of TILE numbers, COLUMNS of them side by side.
 """
 from typing import NamedTuple
 
@@ -51,8 +49,7 @@ def _of_channel(table, row, c, channels):
 
 @triton.jit
 def _share(rows, ROWS: tl.constexpr):
-    """The first row of this program, and the first that is not its own, where programs share all
-    rows."""
+    """Where programs share all rows: the first of this one, and the first of the next."""
     chunk = tl.cdiv(tl.cdiv(rows, tl.num_programs(0)), ROWS) * ROWS
     begin = tl.program_id(0).to(tl.int64) * chunk
     return begin, tl.minimum(begin + chunk, rows)
@@ -60,8 +57,7 @@ def _share(rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _store_sum(partial, which, values, c, channels):
-    """Sum (ROWS, COLUMNS) over rows into partial (., programs, C), as number `which` of this
-    program."""
+    """Sum values (ROWS, COLUMNS) over rows into partial[which] (programs, C), of this program."""
     at = (which * tl.num_programs(0) + tl.program_id(0).to(tl.int64)) * channels + c
     tl.store(partial + at, tl.sum(values, 0), mask=c < channels)
 
@@ -241,8 +237,7 @@ def _first_maximum(y, at, inside, scale, channels, POOL: tl.constexpr):
 
 @triton.jit
 def _spread(y, grad, coefficients, dy, shape, POOL: tl.constexpr, COLUMNS: tl.constexpr):
-    """dy (R POOL, C) = offset + slope y, and at the maximum of POOL rows (the first of equals)
-    scale g as well."""
+    """dy (R POOL, C) = offset + slope y, plus scale g at the (first) maximum of POOL rows."""
     ROWS: tl.constexpr = TILE // COLUMNS
     rows, channels = shape
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -263,8 +258,7 @@ def _spread(y, grad, coefficients, dy, shape, POOL: tl.constexpr, COLUMNS: tl.co
 
 
 def tiles(rows: int, channels: int):
-    """How (R, C) is cut: columns and rows of a tile, tiles across, and how many programs share a
-    sum over rows."""
+    """How (R, C) is cut: columns and rows of a tile, tiles across, programs that share a sum."""
     columns = min(128, triton.next_power_of_2(channels))
     height = TILE.value // columns
     across = triton.cdiv(channels, columns)
@@ -381,8 +375,7 @@ def _moments(rows, partial, count):
 
 @triton.jit
 def _product(rows, affine, row, count, c, channels):
-    """rows (N, 4) @ affine (4, C), for the rows `row` (ROWS, 1) below `count` and the channels
-    c."""
+    """rows (N, 4) @ affine (4, C), of the rows `row` (ROWS, 1) below `count`, the channels c."""
     high = tl.zeros([row.shape[0], c.shape[0]], tl.float32)
     for k in tl.static_range(4):
         factor = _of_channel(affine, k, c, channels)[None, :]
@@ -457,8 +450,7 @@ def stem_sums(rows: torch.Tensor, grad: torch.Tensor, affine: torch.Tensor) -> t
 
 
 class StemStep(torch.autograd.Function):
-    """The stem's forward and backward pass in training, for audio that asks for no gradient; see
-    kernels/cpu.py."""
+    """The stem's two passes in training, of audio that asks for no gradient; see cpu.py."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, block):

@@ -1,7 +1,6 @@
 """This process and its machine: allocator, device, precision, and what explains a number.
 
-`import model` gives all of it by its name, model.choose_device("auto"), wherever kernels/ lies
-beside it.
+`import model` gives all of it by its name, as model.choose_device("auto").
 """
 import contextlib
 import ctypes

@@ -150,14 +150,9 @@ class PretendGpu(TorchFunctionMode):
 
     def __enter__(self):
         forget()
-        pretrain = sys.modules.get("pretrain")
         self.patches = MonkeyPatch()
         for name, module in ABSENT.items():
             self.patches.setitem(sys.modules, name, module)
-        if hasattr(pretrain, "captured_step"):  # until it lives in kernels/graph.py
-            self.patches.setattr(
-                pretrain, "captured_step", lambda *parts: pretrain.plain_step(*parts[:-1])
-            )
         run = functools.partialmethod(PretendGpu.run_thread, self, threading.Thread.run)
         self.patches.setattr(threading.Thread, "run", run)
         self.patches.setattr(torch, "cuda", Cuda())

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,3 +314,34 @@ def test_the_command_prints_the_table(run):
         and "nowhere/encoder.pt: no such file" in missing.stderr
         and "Traceback" not in missing.stderr
     )
+
+
+ALONE_TRAINS = """
+import torch, warnings
+import model
+torch.manual_seed(0)
+encoder = model.build_encoder("samplecnn", width=0.0625).train()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        encoder(torch.rand(2, 1, 59049)).square().sum().backward()
+    model.save_encoder("encoder.pt", encoder, sample_rate=22050, method="clmr", step=2)
+    again, info = model.load_encoder("encoder.pt")
+assert model.weights_sha256(again) == model.weights_sha256(encoder) and info["step"] == 2
+assert encoder.blocks[0][1].num_batches_tracked == 2
+print(len({str(warning.message) for warning in said}), said[0].message)
+try:
+    model.choose_device("cpu")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_model_copied_alone_trains_saves_and_loads_and_says_once_that_it_is_slower(tmp_path):
+    (tmp_path / "model.py").write_bytes(Path(model.__file__).read_bytes())
+    command = [sys.executable, "-c", ALONE_TRAINS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, needs = done.stdout.splitlines()
+    assert said.startswith("1 there is no kernels/ beside model.py")
+    assert needs == "this needs kernels/machine.py: put kernels/ beside model.py"
