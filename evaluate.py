@@ -395,48 +395,36 @@ def mean(values, axis=-1):
     return np.nansum(values, axis) / (~np.isnan(values)).sum(axis)
 
 # --- program: it imports what it needs when it is called, so this file works when copied alone
-@dataclass
-class Result:
-    """The scores of one model and probe at one share of the labels. row: what a file holds of it.
-    Besides: draws {metric: (resamples,)}; scores (N, K) of the test clips, the mean over seeds;
-    module, the probe that was best in validation."""
-    row: dict
-    draws: dict
-    scores: np.ndarray
-    module: nn.Module
+
+def draw(clips, training: np.ndarray, fraction: float, seed: int, mode: str) -> np.ndarray:
+    """A share of the training windows (n,), which are of the clips `training`: all windows of clips
+    that are drawn; of mode v1 windows are drawn."""
+    unit = np.arange(len(training)) if mode == "v1" else training
+    units, first = np.unique(unit, return_index=True)
+    drawn = units[take_fraction(clips.labels[training[first]], fraction, seed, mode)]
+    return np.flatnonzero(np.isin(unit, drawn))
 
 def evaluate(fit: Callable, clips, data: dict[str, Windows], protocol: Protocol,
-             names: tuple[str, str] = ("model", "probe")) -> list[Result]:
-    """The protocol at the head of this file -> a result for each share of the labels. data: the
+             names: tuple[str, str] = ("model", "probe")) -> list:
+    """The protocol at the head of this file -> a Result for each share of the labels. data: the
     windows of each split; names: of model and probe. fit(rows (n,) of the training windows, seed)
     -> the trained module, what is to be said of its training, the scores (N, K) of test clips."""
-    intervals = import_module("evaluation.intervals")
-    training = data["train"].clip
     test = np.unique(data["test"].clip)
-    tags = dict(zip(clips.tags, clips.labels[test].sum(0, dtype=int)))
-    # what is drawn: clips, or windows
-    unit = np.arange(len(training)) if protocol.fraction_mode == "v1" else training
-    units, first = np.unique(unit, return_index=True)
-    labels = clips.labels[training[first]]
+    truth = (clips.labels[test], clips.group[test], clips.task)
     results = []
     for fraction in protocol.fraction:
-        runs, scores, modules = [], [], []
+        runs = []
         for seed in range(protocol.seed, protocol.seed + protocol.seeds):
-            drawn = take_fraction(labels, fraction, seed, protocol.fraction_mode)
-            rows = np.flatnonzero(np.isin(unit, units[drawn]))
-            module, info, scored = fit(rows, seed)
-            heard = np.unique(training[rows])
-            runs.append({"seed": seed, "clips": len(heard), "songs": len(set(clips.group[heard])),
-                         "windows": len(rows), "positives": clips.labels[heard].sum(0, dtype=int),
-                         **info, **score(scored, clips.labels[test], clips.task)})
-            scores.append(scored)
-            modules.append(module)
-        draws = intervals.bootstrap(scores, clips.labels[test], clips.group[test], clips.task,
-                                    rank_metrics, score)
-        row = {"model": names[0], "probe": names[1], "fraction": fraction, "runs": runs,
-               **intervals.summary(runs, scores, draws, METRICS[clips.task], tags)}
-        best = max(range(len(runs)), key=lambda i: runs[i]["valid"])
-        results.append(Result(row, draws, np.mean(scores, 0), modules[best]))
+            rows = draw(clips, data["train"].clip, fraction, seed, protocol.fraction_mode)
+            module, info, scores = fit(rows, seed)
+            heard = np.unique(data["train"].clip[rows])
+            run = {"seed": seed, "clips": len(heard), "songs": len(set(clips.group[heard])),
+                   "windows": len(rows), "positives": clips.labels[heard].sum(0, dtype=int)}
+            runs.append((run | info | score(scores, truth[0], clips.task), scores, module))
+        row = {"model": names[0], "probe": names[1], "fraction": fraction}
+        columns = {"tags": clips.tags, "metrics": METRICS[clips.task]}
+        results.append(import_module("evaluation.intervals").result_of(
+            row, runs, truth, columns, (rank_metrics, score)))
     return results
 
 def fresh(encoder: nn.Module, seed: int) -> nn.Module:
@@ -492,6 +480,16 @@ def network_on(data: dict[str, Windows], clips, protocol: Protocol, build: Calla
         return network, info, clip_scores(logits("test"), where, len(tested), clips.task)
     return fit
 
+def features_of_all(frozen: dict, clips, data: dict[str, Windows], protocol: Protocol) -> dict:
+    """{name: the windows of each split with features} of frozen encoders {name: encoder}, and of
+    what others made."""
+    levels = import_module("model").Levels if protocol.features == "levels" else nn.Module.eval
+    found = {name: features_of(levels(net), clips, data, protocol) for name, net in frozen.items()}
+    for path in protocol.features_from:
+        made_elsewhere = import_module("evaluation.store").read_features(path, clips)
+        found[path.stem] = by_split(clips, *made_elsewhere)
+    return found
+
 def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict, list, dict]:
     """All that a protocol asks of an encoder, with the info of its file ({}: untrained), on a data
     set -> what the metrics JSON holds, its results, and {model: {split: windows with features}}."""
@@ -503,11 +501,7 @@ def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict
     if protocol.random:
         frozen["untrained"] = fresh(encoder, protocol.seed)
     sha256 = {name: model.weights_sha256(net) for name, net in frozen.items()}
-    take = model.Levels if protocol.features == "levels" else nn.Module.eval
-    features = {name: features_of(take(net), clips, data, protocol) for name, net in frozen.items()}
-    for path in protocol.features_from:
-        made_elsewhere = import_module("evaluation.store").read_features(path, clips)
-        features[path.stem] = by_split(clips, *made_elsewhere)
+    features = features_of_all(frozen, clips, data, protocol)
     results = []
     for name, of in features.items():
         layer = " on levels" if name in frozen and protocol.features == "levels" else ""
@@ -522,8 +516,7 @@ def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict
     for control in [name for name in features if name != results[0].row["model"]]:
         import_module("evaluation.intervals").compare(results, control)
     record = import_module("results.tables").of_evaluation(
-        [result.row for result in results], METRICS[clips.task], clips,
-        next(iter(features.values()), data))
+        results, METRICS[clips.task], clips, next(iter(features.values()), data))
     record["encoder"] = {**info, "encoder": encoder.name, "sizes": encoder.sizes,
                          "sha256": list(sha256.values()), "unchanged": True}
     record |= {"versions": {**model.versions(), "numpy": np.__version__},
@@ -551,7 +544,7 @@ def on_features(name: str, layer: str, data: dict[str, Windows], clips, protocol
         near.add(results, list(of_clips.values()), clips, protocol.neighbours)
     return results
 
-def export(encoder: nn.Module, result: Result, clips, folder: Path, tagger: bool) -> list[Path]:
+def export(encoder: nn.Module, result, clips, folder: Path, tagger: bool) -> list[Path]:
     """encoder.ts, encoder.pt2 and, if wanted, tagger.ts and tagger.pt by the probe of a result ->
     their paths. A tagger of other data that is there already stays: this one gets their name."""
     model = import_module("model")

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 # -------------------------------------------------------------------------------------- overlap
 
 def overlap(source, target) -> tuple[int, int, int]:
@@ -48,7 +47,6 @@ def overlap(source, target) -> tuple[int, int, int]:
     everything = digests(source, slice(None)) & digests(target, slice(None))
     tested, trained = (len(heard & digests(target, target.split == i)) for i in (2, 0))
     return tested, trained, len(everything)
-
 
 def mark(info: dict, target, load: Callable) -> dict:
     """What a cell says about its source -> {status, heard, trained, shared}. info: of the source's
@@ -74,7 +72,6 @@ def mark(info: dict, target, load: Callable) -> dict:
     status = f"{heard} test clips heard" if heard else status
     return {"status": status, "heard": heard, "trained": trained, "shared": shared}
 
-
 def grid(cells: list[dict], metrics: dict[str, dict]) -> list[dict]:
     """Cells {source, target, probe, mark, text: {metric: str}} as rows of a table: one per source
     and probe, a column per target and metric. metrics: target -> {metric: its name}."""
@@ -87,7 +84,6 @@ def grid(cells: list[dict], metrics: dict[str, dict]) -> list[dict]:
             row[f"{c['target']} {name}"] = c["text"][metric] + note
     return list(rows.values())
 
-
 # ------------------------------------------------------------------------------------- pictures
 
 def picture(path: Path, draw: Callable, size=(8, 6)):
@@ -99,7 +95,6 @@ def picture(path: Path, draw: Callable, size=(8, 6)):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(path)
-
 
 def heat_map(axes, cells: list[dict], metric: dict[str, str], name: dict[str, str]):
     """Sources x targets, in percent, each column coloured by itself: data sets differ more than
@@ -118,7 +113,6 @@ def heat_map(axes, cells: list[dict], metric: dict[str, str], name: dict[str, st
              yticks=range(len(sources)), yticklabels=sources,
              ylabel="trained on", xlabel="tested on")
 
-
 def tag_bars(axes, per_tag: dict[str, dict], title: str = ""):
     """PR-AUC or recall of each tag with its 95 % interval, best on top; in brackets its clips."""
     rows = sorted((r["value"], tag) for tag, r in per_tag.items() if r["value"] is not None)
@@ -131,7 +125,6 @@ def tag_bars(axes, per_tag: dict[str, dict], title: str = ""):
     axes.set(yticks=range(len(rows)), yticklabels=names, xlabel="percent", title=title)
     axes.margins(y=0.01)
 
-
 def pr_curves(axes, scores: np.ndarray, labels: np.ndarray, tags: list[str], n: int = 8):
     """Precision over recall of the n most frequent tags; scores, labels (N, K) of clips."""
     for k in labels.sum(0).argsort()[::-1][:n]:
@@ -141,7 +134,6 @@ def pr_curves(axes, scores: np.ndarray, labels: np.ndarray, tags: list[str], n: 
         axes.plot(100 * recall, 100 * precision, label=tags[k])
     axes.set(xlabel="recall in percent", ylabel="precision in percent", ylim=(0, 102))
     axes.legend()
-
 
 def confusion(axes, counts: np.ndarray, tags: list[str]):
     """Confusion matrix in percent of each true label, from counts (K, K) summed over seeds."""
@@ -153,7 +145,6 @@ def confusion(axes, counts: np.ndarray, tags: list[str]):
     axes.set(xticks=range(len(tags)), yticks=range(len(tags)), yticklabels=tags,
              xlabel="predicted", ylabel="true")
     axes.set_xticklabels(tags, rotation=90)
-
 
 def tsne(axes, h: np.ndarray, labels: np.ndarray, tags: list[str], n: int = 8):
     """Features of clips (N, D) in two dimensions by t-SNE, coloured by a clip's rarest tag among
@@ -169,7 +160,6 @@ def tsne(axes, h: np.ndarray, labels: np.ndarray, tags: list[str], n: int = 8):
     axes.set(xticks=[], yticks=[])
     axes.legend(fontsize="small")
 
-
 def filters(axes, weight: np.ndarray, sample_rate: int, n: int = 512):
     """Spectra of a first layer's filters (C, 1, ..., k), each over its peak, sorted by centre
     frequency; n: points of the spectrum."""
@@ -180,7 +170,6 @@ def filters(axes, weight: np.ndarray, sample_rate: int, n: int = 512):
     axes.imshow(image, origin="lower", aspect="auto", extent=(0, len(weight), 0, hertz[-1]),
                 cmap="magma", interpolation="nearest")
     axes.set(xlabel="filter, sorted by centre frequency", ylabel="Hz")
-
 
 def fraction_curve(axes, results: list[dict], metric: str, name: str):
     """Figures 4 and 5: the metric over the share of labels, a line per model with its interval."""
@@ -194,7 +183,6 @@ def fraction_curve(axes, results: list[dict], metric: str, name: str):
         axes.fill_between(share, low, high, alpha=0.15)
     axes.set(xscale="log", xlabel="percent of the labels", ylabel=f"{name} in percent")
     axes.legend()
-
 
 def result_pictures(folder: Path, result: dict, metrics: dict[str, dict]):
     """What a metrics JSON of evaluate.py holds, as pictures: tags, confusion, fractions. metrics:
@@ -219,7 +207,6 @@ def result_pictures(folder: Path, result: dict, metrics: dict[str, dict]):
         picture(folder / "fractions.png",
                 lambda axes: fraction_curve(axes, rows, metric, name), (7, 5))
 
-
 def cell_pictures(folder: Path, encoder, test, scores: np.ndarray, clips):
     """What needs the encoder and the scores: precision-recall curves, t-SNE, filters. test: the
     test clips with the mean of their features, as of `evaluate.by_clip`; scores (N, K): theirs."""
@@ -229,7 +216,6 @@ def cell_pictures(folder: Path, encoder, test, scores: np.ndarray, clips):
     if len(labels) > 2:
         picture(folder / "tsne.png", lambda axes: tsne(axes, test.x.numpy(), labels, clips.tags))
     picture(folder / "filters.png", lambda axes: filters(axes, first, clips.sample_rate))
-
 
 # --- program: what follows imports the siblings it needs when it is called, by name, so that this
 # file, copied alone, can be imported.
@@ -248,7 +234,6 @@ def read_sources(named: dict[str, str], random: bool) -> list[tuple]:
             name = f"untrained {kind}, width {encoder.sizes['width']:g}"
         rows.append((name, encoder, {}))
     return rows
-
 
 def cell_of(source: tuple, clips, protocol, plots: Path | None) -> dict:
     """One cell of the grid, by evaluate.run, and its pictures."""
@@ -271,43 +256,44 @@ def cell_of(source: tuple, clips, protocol, plots: Path | None) -> dict:
             "encoder": record["encoder"], "data": record["data"], **row,
             "text": {metric: tables.cell(row, metric) for metric in row["mean"]}}
 
-
 @functools.cache
 def load_data(name: str):
     """The prepared data of a name under data/, or a path."""
     prepare = import_module("prepare")
     return prepare.Clips(prepare.find(name))
 
-
-def write_grid(cells: list[dict], targets: dict, out: Path, how: dict):
-    """The JSON with the table of all cells, and a heat map for each probe beside it."""
-    evaluate = import_module("evaluate")
+def write_grid(cells: list[dict], metrics: dict[str, dict], out: Path, how: dict) -> dict:
+    """The JSON of all cells, whose table shows the first two metrics of each target, and those of
+    neighbours -> the table's columns, target -> {metric: its name}. metrics: all of each target."""
     model = import_module("model")
     tables = import_module("results.tables")
-    metrics = {name: evaluate.METRICS[clips.task] for name, clips in targets.items()}
-    shown = {name: dict(list(of.items())[:2]) for name, of in metrics.items()}
-    found = {c["target"]: [name for name in c["mean"] if "@" in name] for c in cells}
-    data = {c["target"]: {"metrics": metrics[c["target"]], **c.pop("data")} for c in cells}
-    seeds = how["protocol"]["seeds"]
-    caption = (f"In percent: mean ± standard deviation over {seeds} seeds, [95 % interval over "
-               "test songs].")
-    columns = {name: of | dict(zip(found[name], found[name])) for name, of in shown.items()}
+    shown = {target: dict(list(names.items())[:2]) for target, names in metrics.items()}
+    columns = {target: dict(names) for target, names in shown.items()}
+    data = {}
+    for c in cells:
+        data[c["target"]] = {"metrics": metrics[c["target"]], **c.pop("data")}
+        columns[c["target"]] |= {metric: metric for metric in c["mean"] if "@" in metric}
+    caption = (f"In percent: mean ± standard deviation over {how['protocol']['seeds']} seeds, [95 "
+               "% interval over test songs].")
     result = {"kind": "transfer", "caption": caption, "table": grid(cells, columns), **how,
               "versions": model.versions(), "code": model.code_version(), "targets": data,
               "cells": cells}
     model.write_atomically(out, tables.to_json(result).encode())
     print(tables.table(result))
-    last = {name: list(of)[-1] for name, of in shown.items()}  # PR-AUC, or accuracy
-    names = {name: shown[name][metric] for name, metric in last.items()}
+    return shown
+
+def draw_grid(cells: list[dict], shown: dict[str, dict], out: Path):
+    """A heat map for each probe, beside the JSON: PR-AUC, or accuracy."""
+    last = {target: list(names)[-1] for target, names in shown.items()}
+    names = {target: shown[target][metric] for target, metric in last.items()}
     probes = list(dict.fromkeys(c["probe"] for c in cells))
     for probe in probes:
         rows = [c for c in cells if c["probe"] == probe]
         suffix = f"-{probe.replace(' ', '-')}" if len(probes) > 1 else ""
-        size = (2 + 2 * len(targets), 1 + 0.6 * len({c["source"] for c in rows}))
+        size = (2 + 2 * len(shown), 1 + 0.6 * len({c["source"] for c in rows}))
         picture(out.with_name(f"{out.stem}{suffix}.png"),
                 lambda axes: heat_map(axes, rows, last, names), size)
     print(out)
-
 
 def build_parser():
     parser = argparse.ArgumentParser(
@@ -339,7 +325,6 @@ def build_parser():
     add("--plots", type=Path, metavar="DIR", help="also pictures of every cell, or of --results")
     return parser
 
-
 def check(parser, args, sources):
     """End with one line where flags make no sense together, or a file is missing."""
     missing = [p for p in [*map(Path, sources.values()), *args.results] if not p.is_file()]
@@ -358,6 +343,11 @@ def check(parser, args, sources):
         if wrong:
             parser.error(what)
 
+def protocol_of(args, kind):
+    """What every cell has in common, as evaluate.Protocol."""
+    names = {field.name for field in fields(kind)} & vars(args).keys()
+    given = {name: getattr(args, name) for name in names - {"random", "hidden"}}
+    return kind(**given | {"fraction": (args.fraction,)})
 
 def main(argv=None):
     import evaluate
@@ -390,16 +380,15 @@ def main(argv=None):
             for _, encoder, info in rows:
                 command.require_fit(info, clips)
                 evaluate.cut(clips, encoder.input_samples)
-        names = {field.name for field in fields(evaluate.Protocol)} & vars(args).keys()
-        given = {name: getattr(args, name) for name in names - {"random", "hidden", "fraction"}}
-        protocol = evaluate.Protocol(fraction=(args.fraction,), **given)
+        protocol = protocol_of(args, evaluate.Protocol)
         cells = [cell_of(row, clips, replace(protocol, hidden=hidden), args.plots)
                  for clips in targets.values() for row in rows for hidden in args.hidden]
-        argv_shown = ["transfer.py", *(sys.argv[1:] if argv is None else argv)]
-        write_grid(cells, targets, args.out, {"argv": argv_shown, "protocol": vars(args)})
+        metrics = {name: evaluate.METRICS[clips.task] for name, clips in targets.items()}
+        typed = sys.argv[1:] if argv is None else argv
+        how = {"argv": ["transfer.py", *typed], "protocol": vars(args)}
+        draw_grid(cells, write_grid(cells, metrics, args.out, how), args.out)
         return 0
     return command.one_line("transfer.py", draw_results if args.results else work)
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,6 +18,7 @@ more than the scores.
 """
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -83,10 +84,13 @@ def bootstrap(scores, labels, group, task: str, rank_metrics, score, n: int = 10
         runs = [of_seed(by_clip) for of_seed in metrics]
         for name in numbers - runs[0].keys():
             for run, of_seed in zip(runs, scores):
-                rows = [np.repeat(np.arange(len(labels)), of_clips) for of_clips in counts]
-                run[name] = np.array([score(of_seed[i], labels[i], task)[name] for i in rows])
+                run[name] = _of_clips(name, of_seed, labels, counts, lambda *of: score(*of, task))
         blocks.append({name: np.mean([run[name] for run in runs], 0) for name in runs[0]})
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+def _of_clips(name, scores, labels, counts, score):
+    rows = [np.repeat(np.arange(len(labels)), of_clips) for of_clips in counts]
+    return np.array([score(scores[i], labels[i])[name] for i in rows])
 
 def _accuracy(scores, labels, _):
     right = labels * (labels.argmax(1) == scores.argmax(1))[:, None]
@@ -125,22 +129,39 @@ def interval(draws, value) -> np.ndarray:
     known = np.where(np.isnan(draws).all(0), 0, draws)
     return np.nanquantile(known, (0.025, 0.975), axis=0) - known_mean(draws, 0) + value
 
-def summary(runs: list[dict], scores, draws: dict, names, tags: dict[str, int]) -> dict:
-    """What the runs of all seeds come to.
+@dataclass
+class Result:
+    """The scores of one model and probe at one share of the labels. row: what a file holds of it.
+    Besides: draws {metric: (n,)}; scores (N, K) of the test clips, the mean over seeds; module, the
+    probe that was best in validation."""
+    row: dict
+    draws: dict
+    scores: np.ndarray
+    module: torch.nn.Module
 
-    Args: runs: of each seed {metric: value}, among them `tag` (K,). scores: of each, of the clips
-    (N, K). draws: of `bootstrap`. names: the metrics to report. tags: {tag: its positives}.
-    Returns: mean, std over seeds (None of one, or of a fit to the optimum, which is the same each
-    time), interval {metric: value}; per_tag."""
-    values = {name: np.stack([run[name] for run in runs]) for name in (*names, "tag")}
+def result_of(row: dict, runs: list, truth: tuple, columns: dict, functions: tuple) -> Result:
+    """What the runs of all seeds come to: mean, std (None of one seed, or of a fit to the optimum,
+    which is the same each time) and interval {metric: value}, and per_tag, in the row.
+
+    Args: row: of what. runs: of each seed what is to be said of it, among that every metric; the
+    scores (N, K) of the test clips; the module. truth: their labels (N, K), songs (N,), and the
+    task. columns: tags, metrics: names. functions: evaluate's rank_metrics and score."""
+    said, scores, modules = zip(*runs)
+    draws = bootstrap(scores, *truth, *functions)
+    values = {name: np.stack([run[name] for run in said]) for name in (*columns["metrics"], "tag")}
     means = {name: known_mean(of_seeds, 0) for name, of_seeds in values.items()}
     spans = {name: interval(draws[name], means[name]).clip(0, 1) for name in values}
     varied = any((scores[0] != other).any() for other in scores[1:])
-    per_tag = zip(tags.items(), means.pop("tag"), spans.pop("tag").T)
-    return {"mean": means, "interval": spans,
-            "per_tag": {tag: {"positives": n, "value": value, "interval": span}
-                        for (tag, n), value, span in per_tag},
-            "std": {name: values[name].std(ddof=1) if varied else None for name in means}}
+    per_tag = _per_tag(columns["tags"], truth[0], means.pop("tag"), spans.pop("tag"))
+    row = {**row, "mean": means, "interval": spans, "per_tag": per_tag,
+           "std": {name: values[name].std(ddof=1) if varied else None for name in means},
+           "runs": list(said)}
+    best = np.argmax([run["valid"] for run in said])
+    return Result(row, draws, np.mean(scores, 0), modules[best])
+
+def _per_tag(tags, labels, values, spans):
+    rows = zip(tags, labels.sum(0, dtype=int), values, spans.T)
+    return {tag: {"positives": n, "value": value, "interval": span} for tag, n, value, span in rows}
 
 def compare(results: list, control: str):
     """Write into the row of each result its difference to the control with the same share of the

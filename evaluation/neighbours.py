@@ -31,22 +31,29 @@ def neighbours(x: Tensor, labels, song, artist, k: int = 10) -> dict[str, np.nda
     >>> found["labels"], found["artist"]
     (array([1., 1., 1., 1.]), array([nan, nan, nan, nan]))
     """
-    names = [f"artist {name}" if name else f"song {i}" for name, i in zip(artist, song)]
-    artist, song = (torch.from_numpy(np.unique(of, return_inverse=True)[1]) for of in (names, song))
+    artist = _numbers([f"artist {a}" if a else f"song {i}" for a, i in zip(artist, song)])
+    song = _numbers(song)
     y = torch.as_tensor(np.asarray(labels), dtype=torch.float32)
     z = F.normalize((x - x.mean(0)) / x.std(0).clamp_min(1e-6))
-    k = min(k, len(z) - 1)
-    rows = []
+    found = []
     for i in torch.arange(len(z)).split(256):  # b clips at a time: their cosines fit into memory
-        near = z[i] @ z.T  # (b, N)
-        value, other = near.masked_fill(artist[i, None] == artist, UNREACHABLE).topk(k)
-        both = torch.einsum("bk,bnk->bn", y[i], y[other])
-        either = (y[i].sum(1)[:, None] + y[other].sum(2) - both).clamp_min(1)
-        shared = (both / either).where(value > UNREACHABLE, math.nan).nanmean(1)
-        nearest = near.masked_fill(song[i, None] == song, UNREACHABLE).topk(k).indices
-        wanted = (artist[i, None] == artist) & (song[i, None] != song)
-        rows.append(torch.stack([shared, wanted.gather(1, nearest).sum(1) / wanted.sum(1)]))
-    return dict(zip(("labels", "artist"), torch.cat(rows, 1).double().numpy()))
+        by_artist = artist[i, None] == artist  # (b, N)
+        of_song = song[i, None] == song
+        near = z[i] @ z.T
+        value, other = near.masked_fill(by_artist, UNREACHABLE).topk(min(k, len(z) - 1))
+        shared = jaccard(y[i], y[other]).where(value > UNREACHABLE, math.nan).nanmean(1)
+        nearest = near.masked_fill(of_song, UNREACHABLE).topk(min(k, len(z) - 1)).indices
+        wanted = by_artist & ~of_song
+        found.append(torch.stack([shared, wanted.gather(1, nearest).sum(1) / wanted.sum(1)]))
+    return dict(zip(("labels", "artist"), torch.cat(found, 1).double().numpy()))
+
+def _numbers(names):
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+
+def jaccard(y: Tensor, others: Tensor) -> Tensor:
+    """Similarity (b, n) of the labels y (b, K) of a clip and those of n others (b, n, K)."""
+    both = torch.einsum("bk,bnk->bn", y, others)
+    return both / (y.sum(1)[:, None] + others.sum(2) - both).clamp_min(1)
 
 def add(results: list, parts: list, clips, k: int):
     """Write `labels@k` and `artist@k`, among the clips of all splits, into the rows of results,

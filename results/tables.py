@@ -34,14 +34,15 @@ def cell(row: dict, metric: str) -> str:
     return f"{100 * row['mean'][metric]:.1f}{spread} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def of_evaluation(rows: list[dict], names: dict[str, str], clips, data: dict) -> dict:
+def of_evaluation(results: list, names: dict[str, str], clips, data: dict) -> dict:
     """The metrics JSON of evaluate.py: its caption, its table, the data that it is about, its rows.
 
     Args:
-        rows: of each model, probe and share of the labels. names: {metric: its column}, of others
-            than these their own name.
+        results: of each model, probe and share of the labels, with its `row`.
+        names: {metric: its column}, of others than these their own name.
         clips: the prepared data. data: {split: the windows that were used, with `clip` (n,)}.
     """
+    rows = [result.row for result in results]
     counts = {
         split: {
             "clips": len(set(windows.clip)),
