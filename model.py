@@ -210,7 +210,7 @@ def mel_filters(bands: int, window: int, top_hz: float, low_hz: float = 30.0) ->
 
     mel = torch.linspace(to_mel(low_hz), to_mel(top_hz), bands + 2, dtype=torch.float64)
     corners = torch.where(mel < 15, mel * (200 / 3), 1000 * 6.4 ** ((mel - 15) / 27))  # in Hz
-    low, middle, high = corners[:-2], corners[1:-1], corners[2:]
+    low, middle, high = corners.unfold(0, 3, 1).T  # of each triangle
     hz = torch.linspace(0, top_hz, window // 2 + 1, dtype=torch.float64)[:, None]
     triangles = torch.minimum((hz - low) / (middle - low), (high - hz) / (high - middle))
     return (triangles.clamp_min(0) * 2 / (high - low)).float()

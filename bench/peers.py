@@ -183,7 +183,7 @@ def summary(folder):
                      "learnt from": SOURCES[name], "ROC-AUC": row["ROC-AUC"],
                      "PR-AUC": row["PR-AUC"], "quadrants": other["accuracy"],
                      "quadrants@10": other["labels@10"]})
-    caption = ("900 excerpts of released songs that none of them was trained on: 50 mood and genre "
+    caption = ("900 excerpts of released songs, which what ships never heard: 50 mood and genre "
                "words, four quadrants of emotion; percent, 270 test clips, [95 % interval over "
                "songs]. Logistic regression on standardised clip means; quadrants@10: share of the "
                "10 nearest clips in the same quadrant, without the same artist's.")
