@@ -240,6 +240,16 @@ def report(music, layer, named):
     return {"kind": "tagger", "caption": caption, "table": rows, "counts": [learnt, test]}
 
 
+def choose(music, layer, least, agreed):
+    """The tags (their places) that the music holds often enough, and in which validation agrees."""
+    h, clip, target = music.part("valid")
+    ours = probabilities(layer, h, clip, len(target)).numpy()
+    checked = agreement(ours, target.numpy(), music.tags)
+    expected = music.part("train")[2].sum(0)
+    return [k for k, row in enumerate(checked)
+            if expected[k] >= least and row["rank correlation"] >= agreed]
+
+
 def main(argv=None):
     import model
 
@@ -250,12 +260,7 @@ def main(argv=None):
     levels = model.Levels(encoder).eval()
     music = Music(args.data, args.features, levels)
     layer, penalty = train(music)
-    h, clip, target = music.part("valid")
-    checked = agreement(probabilities(layer, h, clip, len(target)).numpy(), target.numpy(),
-                        music.tags)
-    expected = music.part("train")[2].sum(0)
-    ships = [k for k, row in enumerate(checked)
-             if expected[k] >= args.least and row["rank correlation"] >= args.agreement]
+    ships = choose(music, layer, args.least, args.agreement)
     named = [music.tags[k] for k in ships]
     about = {"teacher": "musicnn 0.1.0, MTT_musicnn (ISC licence)", "data": " + ".join(args.data),
              "left_out": [tag for tag in music.tags if tag not in named]}
