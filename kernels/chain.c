@@ -23,18 +23,25 @@ typedef struct {
 
 enum { TILE = 7, TAPS = 32, SHORT_TAPS = 12 };      /* TILE vectors of lags at once */
 
+/* the sum of x^2, of n numbers */
+static double energy_of(const float *x, int64_t n)
+{
+    double sum[8] = {0}, total = 0;                 /* apart: a sum waits for itself */
+    for (int64_t i = 0; i < n; i++) sum[i % 8] += (double)x[i] * x[i];
+    for (int k = 0; k < 8; k++) total += sum[k];
+    return total;
+}
+
 /* norm 1; what would come next, read between the samples */
 static void continuation(const float *audio, const float *weights, int64_t fade, float *template)
 {
-    double energy = 0;
     for (int64_t i = 0; i < fade; i += 16) {
         v16 sum = {0};
         for (int tap = 0; tap < SHORT_TAPS; tap++)
             sum += weights[tap] * load(audio + i + tap - (SHORT_TAPS / 2 - 1));
         store(template + i, sum);
     }
-    for (int64_t i = 0; i < fade; i++) energy += (double)template[i] * template[i];
-    float scale = 1 / fmaxf(sqrt(energy), 1e-4f);
+    float scale = 1 / fmaxf(sqrt(energy_of(template, fade)), 1e-4f);
     for (int64_t i = 0; i < fade; i++) template[i] *= scale;
 }
 
@@ -50,27 +57,37 @@ static void correlate(const float *audio, const float *template, const Plan *p, 
     }
 }
 
+/* each match divided by the norm of its candidate, by a running sum */
+static void normalise(const float *audio, const Plan *p, float *match, float *energy)
+{
+    double sum = energy_of(audio, p->fade);
+    for (int64_t lag = 0; lag < p->lags; lag++) {
+        energy[lag] = sum;
+        float first = audio[lag], next = audio[lag + p->fade];
+        sum += (double)next * next - (double)first * first;
+    }
+    for (int64_t lag = 0; lag < p->lags; lag++)
+        match[lag] /= sqrtf(energy[lag] > 1e-8f ? energy[lag] : 1e-8f);
+}
+
 static int64_t next_start(const float *audio, const float *attacks, const float *table,
                           const Plan *p, int64_t ahead, int64_t begin, float *scratch)
 {
-    float *template = scratch, *match = scratch + p->fade + 16;
+    float *template = scratch, *match = template + p->fade + 16;
     int64_t whole = ahead / p->fractions, here = whole / p->block, best_lag = 0;
     continuation(audio + whole, table + ahead % p->fractions * SHORT_TAPS, p->fade, template);
     correlate(audio + begin, template, p, match);
+    normalise(audio + begin, p, match, match + p->lags + 16 * TILE);
     float best = INFINITY, best_cut = 0;
-    double energy = 0;                              /* of the candidate, by a running sum */
-    for (int64_t i = 0; i < p->fade; i++) energy += (double)audio[begin + i] * audio[begin + i];
     for (int64_t q = 0; q < p->lags / p->block; q++) {
         /* attacks lost or heard twice: up to the later end of both, from the earlier beginning */
         int64_t there = (begin + q * p->block) / p->block;
         int64_t end = (here + 3 > there + 2 ? here + 3 : there + 2) + p->fade / p->block;
         float cut = attacks[end] - attacks[here - 1 < there ? here - 1 : there];
         for (int64_t lag = q * p->block; lag < (q + 1) * p->block; lag++) {
-            const float *a = audio + begin + lag;
-            float far = (float)lag / p->search - 1, scale = 1 / sqrtf(fmaxf(energy, 1e-8f));
-            float cost = cut + 1e-5f * far * far - match[lag] * scale;
+            float far = (float)lag / p->search - 1;
+            float cost = cut + 1e-5f * far * far - match[lag];
             if (cost < best) { best = cost; best_lag = lag; best_cut = cut; }
-            energy += (double)a[p->fade] * a[p->fade] - (double)a[0] * a[0];
         }
     }
     if (best_cut > 0.2f && llabs(whole - (begin + p->search)) < p->drift)

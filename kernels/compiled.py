@@ -55,8 +55,10 @@ def cache_folder() -> Path:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clmr"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if cache.stat().st_uid != os.getuid():
+            raise OSError(f"{cache} is another user's")
         return cache
-    except (OSError, RuntimeError):             # RuntimeError: there is no home
+    except (OSError, RuntimeError, AttributeError):     # no home; no users, as on Windows
         folder = Path(tempfile.mkdtemp(prefix="clmr-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return folder
@@ -73,6 +75,8 @@ def build(compiler: str) -> Path:
             made = Path(folder) / "chain.so"
             command += ["-o", str(made), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, path)              # whole, or not there: others may be compiling too
     return path
 
@@ -84,7 +88,12 @@ def library() -> ctypes.CDLL | None:
     try:
         if not compiler:
             raise OSError("there is no C compiler")
-        return ctypes.CDLL(str(build(compiler)))
+        path = build(compiler)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:                         # damaged: once more
+            path.unlink()
+            return ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip().splitlines() or ["?"])[0]
         warnings.warn("augmentation takes twice its time, by the same numbers: kernels/chain.c "
@@ -127,7 +136,7 @@ def search(plan, step: Tensor) -> Tensor:
     """Where each segment starts in the audio, (B, S). step (B,) int64: 1 / fractions samples of
     input from segment to segment."""
     starts = plan.start[:, None].repeat(1, plan.segments)
-    scratch = torch.empty(plan.fade + plan.lags + 256)
+    scratch = torch.empty(plan.fade + 2 * plan.lags + 2 * TILE + 16)
     library().search(
         ctypes.byref(plan_of(plan)), address(plan.audio), address(plan.attacks.contiguous()),
         address(plan.short_weights), address(step), address(starts), address(scratch))

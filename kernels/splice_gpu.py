@@ -3,7 +3,7 @@
 What it computes: splice._search_in_steps, to the sample. Why it is faster: in steps the search is
 some 1,300 launches one after the other, and a GPU waits for its host. By how much: the chain on 192
 views takes an H200 6.1 ms (3.3 ms of them kernels; the rest is the host's launches) in place of
-39.7 (results: pretrain-gpu-step.json). The plain way: augment._overlap_add.
+39.7 (results/speed/pretrain-gpu-step.json). The plain way: augment._overlap_add.
 """
 
 from contextlib import nullcontext

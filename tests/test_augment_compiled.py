@@ -88,6 +88,16 @@ def test_a_second_process_takes_the_file_of_the_first(tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "clmr").iterdir()] == [path.name]
 
 
+@needs_a_compiler
+def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = compiled.shutil.which("cc") or compiled.shutil.which("gcc")
+    compiled.build(compiler).write_bytes(b"no library")
+    compiled.library.cache_clear()
+    assert compiled.library() is not None
+    compiled.library.cache_clear()
+
+
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_torch_is_taken_and_it_is_said(monkeypatch, compiler):
     compiled.library.cache_clear()
