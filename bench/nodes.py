@@ -149,6 +149,14 @@ class Nodes:
         return torch.load(self.folder / name / run / "checkpoint.pt", weights_only=True)
 
 
+def alive(pid):
+    """Does a process run? One that has ended, and whose parent has not asked yet, does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def ended(processes, seconds=240):
     """Seconds until all have ended, and their exit codes; None as code of one that goes on."""
     began = time.monotonic()
@@ -233,8 +241,7 @@ def disturbed(case, harm, nodes_that_end=ADDRESSES, says="lost", torchrun=("--nn
         workers = {name: nodes.worker(name) for name in nodes_that_end}
         began = time.monotonic()
         harm(nodes)
-        while any(Path(f"/proc/{pid}").exists() and time.monotonic() - began < 120
-                  for pid in workers.values()):
+        while any(map(alive, workers.values())) and time.monotonic() - began < 120:
             time.sleep(0.1)
         seconds = time.monotonic() - began
         told = [any(says in line for line in nodes.text(name, run).splitlines())

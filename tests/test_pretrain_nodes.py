@@ -123,30 +123,34 @@ def test_a_process_that_is_lost_is_named_by_the_other(tmp_path, flags, number):
     assert "Traceback" not in text
 
 
-def parent(pid):
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("PPid"):
-            return int(line.split()[1])
-    return None
+def status(pid, field):
+    """A field of a process's status, "" when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return ""
+    return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+
+
+def alive(pid):
+    return status(pid, "State") not in ("", "Z")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
 def test_workers_do_not_outlive_torchruns_agent(tmp_path, flags):
     agent = start([*flags, "--max-steps", 1000, "--out", tmp_path], 2)
     wait_for_step(tmp_path, 3, agent)
-    workers = [int(p.name) for p in Path("/proc").glob("[0-9]*") if parent_is(p, agent.pid)]
+    running = [path.name for path in Path("/proc").glob("[0-9]*")]
+    workers = [pid for pid in running if status(pid, "PPid") == str(agent.pid)]
     assert len(workers) == 2
     agent.kill()
     text, _ = agent.communicate(timeout=60)  # ends when nobody writes any more
     assert "stopped after step" in text, text
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-def parent_is(entry, pid):
-    try:
-        return parent(entry.name) == pid
-    except OSError:  # it has ended meanwhile
-        return False
+    for _ in range(300):
+        if not any(map(alive, workers)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{workers} go on")
 
 
 # --------------------------------------------------------------------- each part for itself
