@@ -57,8 +57,8 @@ def read_features(path, clips) -> tuple[Tensor, np.ndarray]:
             x = torch.from_numpy(file["features"].astype(np.float32))
             ids = file["id"].astype(str).tolist()
     except Exception as error:  # a damaged zip file, or another file, has many ways to say so
-        raise ValueError(f"{path}: expected a npz file with `id` (n,) and `features` (n, D); "
-                         f"{str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: expected a npz file with `id` (n,), clips.id.astype(str), and "
+                         f"`features` (n, D); {str(error).splitlines()[0]}") from None
     number = {name: i for i, name in enumerate(clips.id.tolist())}
     clip = np.array([number.get(name, -1) for name in ids])
     missing = len(clips) - len(np.unique(clip[clip >= 0]))

@@ -309,7 +309,7 @@ def made_elsewhere(tiny_data, tmp_path):
     rng = np.random.default_rng(1)
     features = clips.labels[order] + rng.normal(0, 0.05, (len(order), 4))
     path = tmp_path / "oracle.npz"
-    np.savez(path, id=clips.id[order], features=features, seconds=1.0)
+    np.savez(path, id=clips.id[order].astype(str), features=features, seconds=1.0)
     return path
 
 
@@ -341,7 +341,7 @@ def test_features_made_elsewhere_need_no_encoder(tiny_data, made_elsewhere, tmp_
 ])
 def test_features_that_do_not_fit_are_refused(tiny_data, tmp_path, capsys, spoil, says):
     clips = prepare.Clips(tiny_data)
-    columns = {"id": clips.id, "features": clips.labels.astype(float)}
+    columns = {"id": clips.id.astype(str), "features": clips.labels.astype(float)}
     spoil(columns)
     np.savez(tmp_path / "f.npz", **columns)
     flags = ["--data", str(tiny_data), "--features-from", str(tmp_path / "f.npz")]
