@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from library.search import ALIKE, Collection, recording_score, same_length
+from library.search import ALIKE, Collection, as_entry, recording_score, same_length
 from library.store import Song
 from library.terminal import WrongCommand, clock, print_json, printable, table
 
@@ -81,62 +81,39 @@ def write_csv(path, rows: list[tuple[int, Song, float]]):
             )
 
 
+def as_text(rows: list[tuple[int, Song, float]]) -> str:
+    """Rows (group, song, score) as a table for the screen."""
+    lines = [["group", "score", "time", "MB", "path"]]
+    for i, song, score in rows:
+        size = f"{song.size / 1e6:.1f}"
+        time = clock(song.seconds or 0)
+        lines.append([str(i), f"{score:.3f}", time, size, printable(song.name)])
+    return table(lines, right=(0, 1, 2, 3))
+
+
 def run(args) -> int:
     """The verb."""
     if not 0 < args.least <= 1:
         raise WrongCommand(f"--least is a score above 0, up to 1, not {args.least}")
     collection = Collection(args.library)
+    songs = collection.songs
     groups = groups_of_copies(collection, args.least)
-    rows = [
-        (i, collection.songs[k], score) for i, group in enumerate(groups, 1) for k, score in group
-    ]
+    rows = [(i, songs[k], score) for i, group in enumerate(groups, 1) for k, score in group]
     if args.csv:
         write_csv(args.csv, rows)
     if args.json:
-        print_json(
-            {
-                "groups": [
-                    [
-                        {
-                            "path": collection.songs[k].name,
-                            "score": round(score, 4),
-                            "bytes": collection.songs[k].size,
-                            "seconds": collection.songs[k].seconds,
-                        }
-                        for k, score in group
-                    ]
-                    for group in groups
-                ]
-            }
-        )
+        found = [[as_entry(songs[k], score=round(score, 4)) for k, score in g] for g in groups]
+        print_json({"groups": found})
         return 0
     if rows and not args.csv:
-        lines = [["group", "score", "time", "MB", "path"]]
-        lines += [
-            [
-                str(i),
-                f"{score:.3f}",
-                clock(song.seconds or 0),
-                f"{song.size / 1e6:.1f}",
-                printable(song.name),
-            ]
-            for i, song, score in rows
-        ]
-        print(table(lines, right=(0, 1, 2, 3)))
-    print(
-        f"{len(groups)} recordings in several files, {len(rows) - len(groups)} files more than "
-        "needed, of "
-        f"{len(collection.songs):,} songs"
-    )
+        print(as_text(rows))
+    more = len(rows) - len(groups)
+    print(f"{len(groups)} recordings in several files, {more} more than needed, of {len(songs):,}")
     if rows:
-        print(
-            "score: 1 the same audio; above 0.75 the same master in another codec or level; below "
-            "it another master"
-        )
+        print("score: 1 the same audio; from 0.75 the same master in another codec or level; below")
+        print("that another master")
     if args.csv:
-        print(
-            f"next: look through {printable(args.csv)}; the first of each group is its largest file"
-        )
+        print(f"next: look through {printable(args.csv)}; of each group the first is the largest")
     else:
         print("next: python -m library duplicates --csv duplicates.csv")
     return 0

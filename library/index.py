@@ -313,48 +313,28 @@ def run(args) -> int:
 
 def close(store: Store, plan: Plan, failed: list[tuple], lost: int, seconds: float, args) -> int:
     """The closing lines, and the exit code."""
-    (total,) = store.database.execute(
-        "SELECT COUNT(*) FROM songs WHERE row IS NOT NULL AND gone = 0"
-    ).fetchone()
+    there = "FROM songs WHERE row IS NOT NULL AND gone = 0"
+    total = store.database.execute(f"SELECT COUNT(*) {there}").fetchone()[0]
     counts = {name: plan.counts[name] for name in ("new", "changed", "moved", "gone", "unchanged")}
+    left = len(plan.failed_before)
     if args.json:
-        print_json(
-            {
-                "library": os.fspath(store.folder),
-                "songs": total,
-                **counts,
-                "failed": as_json(failed),
-                "failed_before": len(plan.failed_before),
-                "heard_again": lost,
-                "seconds": round(seconds, 1),
-            }
-        )
+        faults = {"failed": as_json(failed), "failed_before": left, "heard_again": lost}
+        place = {"library": os.fspath(store.folder), "songs": total}
+        print_json({**place, **counts, **faults, "seconds": round(seconds, 1)})
         return int(bool(failed))
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     pace = f", {len(plan.todo) / seconds:.1f} songs/s" if plan.todo else ""
-    print(
-        f"{printable(store.folder)}: {total:,} songs ({told or 'nothing new'}) in "
-        f"{clock(seconds)}{pace}"
-    )
+    place = f"{printable(store.folder)}: {total:,} songs ({told or 'nothing new'})"
+    print(f"{place} in {clock(seconds)}{pace}")
     if lost:
         print(f"{lost} vectors were lost or damaged: their songs were heard again")
-    if plan.failed_before:
-        print(
-            f"{len(plan.failed_before)} files that failed before, and have not changed, were left "
-            "out; --retry tries "
-            "them again"
-        )
+    if left:
+        print(f"{left} files that failed before, and have not changed, were left out; --retry")
+        print("tries them again")
     report_failures(failed)
-    song = store.database.execute(
-        "SELECT path FROM songs WHERE row IS NOT NULL AND gone = 0 LIMIT 1"
-    ).fetchone()
+    song = store.database.execute(f"SELECT path {there} LIMIT 1").fetchone()
     if song:
-        where = (
-            ""
-            if store.folder == Path("library.clmr")
-            else f" --library {shlex.quote(os.fspath(store.folder))}"
-        )
-        print(
-            f"next: python -m library similar {printable(shlex.quote(os.fsdecode(song[0])))}{where}"
-        )
+        named = "" if args.library == [Path("library.clmr")] else f" --library {args.library[0]}"
+        name = shlex.quote(os.fsdecode(song[0]))
+        print(printable(f"next: python -m library similar {name}{named}"))
     return int(bool(failed))

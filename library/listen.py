@@ -184,10 +184,11 @@ def every_window(path, sample_rate: int, size: int) -> Iterator[np.ndarray]:
     for piece in prepare.stream(path, sample_rate):
         rest = torch.cat([rest, piece])
         full = len(rest) // size
-        for part in rest[: full * size].view(full, size).split(64):
+        if full:
             whole = True
-            yield part.numpy().copy()
-        rest = rest[full * size :]
+            for part in rest[: full * size].view(full, size).split(64):
+                yield part.numpy().copy()
+            rest = rest[full * size :]
     if not whole:
         yield F.pad(rest, (0, size - len(rest)))[None].numpy()
 

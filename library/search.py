@@ -460,49 +460,32 @@ def path(args) -> int:
     return show(list(zip(songs, steps)), args, [], "step")
 
 
+def as_entry(song: Song, **more) -> dict:
+    """A song as JSON has it."""
+    tags = {name: getattr(song, name) for name in ("artist", "title", "album", "year")}
+    return {"path": song.name, **more, **tags, "seconds": song.seconds, "bytes": song.size}
+
+
 def show(songs: list[tuple[Song, float]], args, seeds: list[Song], score: str = "score") -> int:
-    """A list of songs with scores as a table or JSON, and as a playlist where one is asked for."""
+    """Songs with scores as a table or JSON, and as a playlist where one is asked for."""
     lost = write_m3u(args.m3u, [song for song, _ in songs], args.relative) if args.m3u else 0
     if args.json:
-        print_json(
-            {
-                "seeds": [song.name for song in seeds],
-                "songs": [
-                    {
-                        "path": song.name,
-                        score: round(value, 4),
-                        "artist": song.artist,
-                        "title": song.title,
-                        "album": song.album,
-                        "year": song.year,
-                        "seconds": song.seconds,
-                    }
-                    for song, value in songs
-                ],
-            }
-        )
+        entries = [as_entry(song, **{score: round(value, 4)}) for song, value in songs]
+        print_json({"seeds": [song.name for song in seeds], "songs": entries})
         return 0
     lines = [[score, "time", "artist", "title", "path"]]
-    lines += [
-        [
-            f"{value:.3f}",
-            clock(song.seconds or 0),
-            printable(song.artist or "")[:30],
-            printable(song.title or os.path.basename(song.name))[:40],
-            printable(song.name),
-        ]
-        for song, value in songs
-    ]
+    for song, value in songs:
+        title = printable(song.title or os.path.basename(song.name))[:40]
+        artist = printable(song.artist or "")[:30]
+        time = clock(song.seconds or 0)
+        lines.append([f"{value:.3f}", time, artist, title, printable(song.name)])
     print(table(lines, right=(0, 1)))
-    if args.m3u:
-        print(f"{printable(args.m3u)}: {len(songs) - lost} songs")
-        if lost:
-            print(
-                f"{lost} of them has a line break in its name, which a playlist cannot hold: left "
-                "out"
-            )
-    else:
+    if not args.m3u:
         print("next: the same command with --m3u list.m3u8 makes a playlist of it")
+        return 0
+    print(f"{printable(args.m3u)}: {len(songs) - lost} songs")
+    if lost:
+        print(f"{lost} with a line break in the name, which a playlist cannot hold, left out")
     return 0
 
 

@@ -1,7 +1,6 @@
 """The store `library.clmr/`: what is known of each song, and its vector.
 
-    songs.sqlite    table `about`: format, encoder, how songs are heard, how much songs differ
-    within themselves
+    songs.sqlite    table `about`: format, encoder, how songs are heard, how they vary in themselves
                     table `songs`: path (bytes), size, mtime, sample, audio, seconds, artist, title,
                     album, year, genre, row (of vectors.f16; none where it failed), crc, error, gone
                     table `imprints`: of each audio what copies of it are known by

@@ -461,7 +461,7 @@ def test_names_in_any_encoding_and_very_long_paths(capsys, encoder, tmp_path):
     assert len(found["songs"]) == 1 and len(found["songs"][0]["path"]) > 3000
     playlist = tmp_path / "list.m3u8"
     code, out, _ = type_in(capsys, "similar", tmp_path / "a.flac", "--m3u", playlist, *command)
-    assert code == 0 and "\x1b" not in out and "1 of them has a line break in its name" in out
+    assert code == 0 and "\x1b" not in out and "1 with a line break in the name" in out
     assert playlist.read_bytes() == b"#EXTM3U\n"
 
 
