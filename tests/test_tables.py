@@ -10,7 +10,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "results"))
 import tables  # noqa: E402
 
-RESULT = {"caption": "In percent.", "table": [{"model": "clmr", "PR": "35.1"}, {"model": "untrained", "ROC": "50.0"}]}
+RESULT = {
+    "caption": "In percent.",
+    "table": [{"model": "clmr", "PR": "35.1"}, {"model": "untrained", "ROC": "50.0"}],
+}
 MARKDOWN = """In percent.
 
 | model | PR | ROC |
@@ -23,7 +26,9 @@ MARKDOWN = """In percent.
 @pytest.fixture
 def page(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
-    first, second = (f"<!-- table: x.json -->\n{content}<!-- /table -->\n" for content in ("old\n", ""))
+    first, second = (
+        f"<!-- table: x.json -->\n{content}<!-- /table -->\n" for content in ("old\n", "")
+    )
     (tmp_path / "README.md").write_text(f"# A\n{first}between\n{second}end\n")
     return tmp_path / "README.md"
 
@@ -50,7 +55,9 @@ def test_the_command_renews_pages_and_prints_results(page, run):
     assert MARKDOWN in done.stdout
 
 
-@pytest.mark.parametrize("content, says", [("[1]", "expected a JSON file of results"), ("nothing", "is no JSON file")])
+@pytest.mark.parametrize(
+    "content, says", [("[1]", "expected a JSON file of results"), ("nothing", "is no JSON file")]
+)
 def test_what_is_no_result_is_refused_in_one_line(content, says, tmp_path, capsys):
     (tmp_path / "bad.json").write_text(content)
     assert tables.main([str(tmp_path / "bad.json")]) == 1
