@@ -88,7 +88,8 @@ def tiny_audio(tmp_path_factory):
         rows.append(
             (f"song {i:02d}.flac", "train" if i % 4 < 2 else "valid" if i % 8 < 4 else "test", tags)
         )
-    # Songs 0 to 15 hold every combination of the four tags; permute the split, so that each tag occurs in each split.
+    # Songs 0 to 15 hold every combination of the four tags; permute the split, so that each tag
+    # occurs in each split.
     order = np.random.default_rng(0).permutation(24)
     rows = [(name, rows[order[i]][1], tags) for i, (name, _, tags) in enumerate(rows)]
     with open(folder / "tags.csv", "w", newline="") as file:

@@ -1,4 +1,4 @@
-"""model.py's Levels, tagger.pt, and what the command makes of them; ONNX, where that is installed."""
+"""model.py's Levels, tagger.pt, and what the command makes of them; ONNX, where installed."""
 
 import copy
 import importlib.util

@@ -42,7 +42,7 @@ def makefile():
 
 
 def texts():
-    """(where, text) of all that shows commands: pages, the Makefile, the files' first docstrings."""
+    """(where, text) of all that shows commands: pages, the Makefile, first docstrings of files."""
     for page in PAGES:
         yield page, TABLE.sub("", (ROOT / page).read_text(encoding="utf-8"))
     yield "Makefile", makefile()

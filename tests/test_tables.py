@@ -26,9 +26,10 @@ MARKDOWN = """In percent.
 @pytest.fixture
 def page(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
-    marked = "<!-- table: x.json -->\n%s<!-- /table -->\n"
-    text = "# A\n" + marked % "old\n" + "between\n" + marked % "" + "end\n"
-    (tmp_path / "README.md").write_text(text)
+    first, second = (
+        f"<!-- table: x.json -->\n{content}<!-- /table -->\n" for content in ("old\n", "")
+    )
+    (tmp_path / "README.md").write_text(f"# A\n{first}between\n{second}end\n")
     return tmp_path / "README.md"
 
 
@@ -54,8 +55,9 @@ def test_the_command_renews_pages_and_prints_results(page, run):
     assert MARKDOWN in done.stdout
 
 
-@pytest.mark.parametrize("content, says", [
-    ("[1]", "expected a JSON file of results"), ("nothing", "is no JSON file")])
+@pytest.mark.parametrize(
+    "content, says", [("[1]", "expected a JSON file of results"), ("nothing", "is no JSON file")]
+)
 def test_what_is_no_result_is_refused_in_one_line(content, says, tmp_path, capsys):
     (tmp_path / "bad.json").write_text(content)
     assert tables.main([str(tmp_path / "bad.json")]) == 1
