@@ -264,7 +264,8 @@ class MelCNN(nn.Module):
         """(B, 1, T) -> (B, bands, frames); of the samples that fill no whole frame, nothing."""
         frames = x[:, 0].unfold(1, self.window, self.hop) * self.taper  # (B, frames, window)
         spectrum = torch.view_as_real(torch.fft.rfft(frames))  # (B, frames, bins, 2)
-        power = spectrum.square().sum(3) @ self.filters  # (B, frames, bands)
+        power = spectrum[..., 0].square() + spectrum[..., 1].square()
+        power = power @ self.filters  # (B, frames, bands)
         return torch.log1p(1e4 * power).transpose(1, 2)
 
     def front(self, x: Tensor) -> Tensor:

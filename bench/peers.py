@@ -3,7 +3,7 @@
     python bench/peers.py setup                             # their environment, build/peers
     python bench/peers.py extract --data moods               # build/features/moods/NAME.npz of each
     python bench/peers.py extract --data moods --peer mfcc   # of one of them
-    python bench/peers.py summary                            # README's table: results/peers/summary.json
+    python bench/peers.py summary                            # README's results/peers/summary.json
 
 Peers:
   mfcc          20 MFCCs by torch and torchaudio's functional: mean, deviation, deviation of their
@@ -54,7 +54,10 @@ def clips_of(folder):
 
     meta = json.loads((folder / "meta.json").read_text())
     with np.load(folder / "clips.npz") as table:
-        ids, start, length = table["id"], table["start"], table["length"]
+        packed = table["id"].tobytes().decode("utf-8", "surrogateescape")
+        start = table["start"]
+        length = table["length"]
+    ids = np.array(packed.split("\0"))
     audio = np.load(folder / "audio.npy", mmap_mode="r")
 
     def samples(i):

@@ -107,12 +107,16 @@ def _size(clip):
     return clip.file.stat().st_size if clip.file and clip.file.exists() else 0
 
 
+def _bytes(name):
+    return name.encode("utf-8", "surrogateescape")
+
+
 def _sample(clips):
     """A hash of some bytes of up to 16 files, so that a second folder of the same names and sizes
     is not taken for the first. They are chosen by their names: a file that comes in hardly changes
     the choice."""
     digest = hashlib.sha256()
-    chosen = heapq.nsmallest(16, clips, lambda clip: hashlib.sha256(os.fsencode(clip.id)).digest())
+    chosen = heapq.nsmallest(16, clips, lambda clip: hashlib.sha256(_bytes(clip.id)).digest())
     for clip in chosen:
         # One that cannot be read is listed later, with its reason.
         with contextlib.suppress(OSError), open(clip.file, "rb") as raw:

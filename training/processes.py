@@ -119,7 +119,7 @@ def means_itself_alone(master: str) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:1000]
 
 
 def agreed(make: Callable):
