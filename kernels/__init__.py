@@ -15,7 +15,7 @@ Faster passes:
     graph.py    a training step as one CUDA graph (pretrain)
 
 Machinery:
-    files.py    what torch.save wrote is verified byte by byte, and runs nothing (model.load_encoder)
+    files.py    what torch.save wrote, verified byte by byte; nothing runs (model.load_encoder)
     exports.py  TorchScript, torch.export and ONNX, written and compared (model.export_torchscript)
     machine.py  allocator, device, precision, versions (model.choose_device)
 
