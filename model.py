@@ -4,8 +4,8 @@
     python model.py --encoder cpc
     python model.py --ckpt runs/mtat/encoder.pt --out exported/ --onnx    # encoder.ts .pt2 .onnx
 
-This file needs torch alone. Where kernels/ lies beside it, training is faster by the same numbers,
-files are verified byte by byte, and `export_torchscript` and the like work.
+This file needs torch alone. With kernels/ beside it training is faster, by the same numbers; with
+formats/ files are verified byte by byte, and `export_torchscript`, `choose_device` and so on work.
 Dimensions: B batch, C channels, T samples or steps, D features, P projection, K tags.
 
 An encoder takes `(B, 1, input_samples)` audio in [-1, 1], gives `(B, out_dim)` features, and has
@@ -54,21 +54,21 @@ class Block(nn.Sequential):
     recompute = False  # kernels/ keeps this block's input and output alone for the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = load_kernels() if self.training else None
+        kernels = load_beside("kernels") if self.training else None
         faster = kernels.training_pass(self, x) if kernels else None
         return super().forward(x) if faster is None else faster(x)
 
 @functools.cache
-def load_kernels(module: str = "kernels"):
-    """A module of the folder kernels/ beside this file; where that is not, None, said once."""
+def load_beside(module: str):
+    """A module of a folder beside this file; where that is not, None, said once."""
     try:
         found = importlib.import_module(module)
-        if module == "kernels":
-            found.training_pass  # and no package of that name
-        return found
+        return found if module != "kernels" or found.training_pass else None  # or another kernels
     except (ImportError, AttributeError):
-        warnings.warn("there is no kernels/ beside model.py: training is slower, by the same "
-                      "numbers, and files are read without their checksums", stacklevel=3)
+        what = ("training is slower, by the same numbers" if module == "kernels"
+                else "files are read with torch's own checks alone")
+        folder = module.partition(".")[0]
+        warnings.warn(f"there is no {folder}/ beside model.py: {what}", stacklevel=3)
         return None
 
 class SampleCNN(nn.Module):
@@ -367,7 +367,7 @@ def synchronise(module: nn.Module, device) -> nn.Module:
     """Every batch norm takes its statistics over all processes from now on (section 3.2)."""
     if not dist.is_initialized():
         return module
-    kernels = load_kernels()
+    kernels = load_beside("kernels")
     if torch.device(device).type == "cuda" and not (kernels and kernels.gpu_passes()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # which refuses a CPU
     for child in module.modules():
@@ -398,7 +398,7 @@ def read_checkpoint(path) -> dict:
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of an encoder.pt, "
                                 "e.g. runs/NAME/encoder.pt")
     try:
-        files = load_kernels("kernels.files")
+        files = load_beside("formats.files")
         content = files.read(path) if files else torch.load(path, "cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
@@ -497,7 +497,7 @@ def _built(content):
     return encoder.eval(), {**content, **_identity(encoder)}
 
 def _check_weights(state, wanted, what):
-    if files := load_kernels("kernels.files"):
+    if files := load_beside("formats.files"):
         files.check_weights(state, wanted, what)
 
 def _identity(encoder):
@@ -519,7 +519,7 @@ def _authors_state(state):
         renamed[f"blocks.{block}.{found[3]}"] = one_by_k
     return renamed or None
 
-# ------------------------------------------------ what kernels/exports.py and kernels/machine.py do
+# ------------------------------------------------ what formats/exports.py and formats/machine.py do
 
 def export_torchscript(encoder: nn.Module, path, sample_rate: int, head: nn.Module = None, tags=(),
                        task: str = "none", info: dict = None) -> dict:
@@ -552,9 +552,9 @@ def _export(kind, path, info, *parts):
                                     write_atomically)
 
 def _engine(part):
-    found = load_kernels(f"kernels.{part}")
+    found = load_beside(f"formats.{part}")
     if found is None:
-        raise ImportError(f"this needs kernels/{part}.py: put kernels/ beside model.py")
+        raise ImportError(f"this needs formats/{part}.py: put formats/ beside model.py")
     return found
 
 ENGINE = {"Exported": "exports", "fold_batch_norm": "exports", "tune_allocator": "machine",
@@ -562,7 +562,7 @@ ENGINE = {"Exported": "exports", "fold_batch_norm": "exports", "tune_allocator":
           "versions": "machine", "code_version": "machine"}
 
 def __getattr__(name):
-    """Names of this file that stand in kernels/: model.choose_device, model.autocast, ..."""
+    """Names of this file that stand in formats/: model.choose_device, model.autocast, ..."""
     if name not in ENGINE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_engine(ENGINE[name]), name)

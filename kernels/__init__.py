@@ -1,11 +1,10 @@
-"""The engine room: faster passes of the same numbers, and machinery that no essay needs.
+"""The engine room: faster passes of the same numbers. Optional.
 
 Each file's head says what it computes, why it is faster, by how much, and what the plain way is;
 nothing here imports anything of the six files at the top, which hand in what is needed. The tests
 compare every pass with the plain way. Without this folder the numbers are the same, by torch's own
-layers and operations, slower, which is said once; only what is listed as machinery is missed.
+layers and operations, slower, which is said once.
 
-Faster passes:
     cpu.py      a block's training pass on a CPU (model.Block)
     gpu.py      the same on a GPU, as Triton kernels (model.Block)
     filters.py  second-order filters and rooms (augment.low_pass, high_pass, reverb)
@@ -13,11 +12,6 @@ Faster passes:
     splice_gpu.py   its search for them as one Triton kernel
     compiled.py the loops of both in C (chain.c), where there is a compiler
     graph.py    a training step as one CUDA graph (pretrain)
-
-Machinery:
-    files.py    what torch.save wrote, verified byte by byte; nothing runs (model.load_encoder)
-    exports.py  TorchScript, torch.export and ONNX, written and compared (model.export_torchscript)
-    machine.py  allocator, device, precision, versions (model.choose_device)
 
 What the blocks' passes gain, here: SampleCNN's step without the chain, one core of an AMD EPYC with
 AVX-512 bf16 that other programs shared, torch 2.11; processor time in seconds, median of two to

@@ -129,7 +129,8 @@ ABSENT = {
     "kernels.splice_gpu": None,
     "kernels.graph": types.SimpleNamespace(captured_step=lambda step, *parts: step),
 }
-OURS = ("prepare", "augment", "model", "pretrain", "evaluate", "transfer", "kernels")
+OURS = ("prepare", "augment", "model", "pretrain", "evaluate", "transfer", "kernels",
+        "formats")
 
 
 def forget():

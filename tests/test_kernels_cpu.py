@@ -3,8 +3,11 @@ stands in for it."""
 
 import copy
 import os
+import shutil
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +25,9 @@ from pretraining import free_port
 def without_kernels(monkeypatch):
     """As where model.py was copied alone."""
     monkeypatch.setitem(sys.modules, "kernels", None)
-    model.load_kernels.cache_clear()
+    model.load_beside.cache_clear()
     yield
-    model.load_kernels.cache_clear()
+    model.load_beside.cache_clear()
 
 
 def unusual(encoder):
@@ -184,7 +187,7 @@ def test_without_kernels_the_same_numbers_come_from_the_layers_and_it_is_said_on
         slow = copy.deepcopy(encoder)(audio)
         copy.deepcopy(encoder)(audio)
     assert len(warned) == 1
-    model.load_kernels.cache_clear()
+    model.load_beside.cache_clear()
     sys.modules["kernels"] = kernels
     assert torch.allclose(encoder(audio), slow, rtol=1e-3, atol=1e-4)
 
@@ -240,3 +243,16 @@ def test_two_processes_take_the_step_of_one(tmp_path, alone):
     for buffer, first, second in zip(layers.buffers(), state_0, state_1):
         assert torch.equal(first, second)
         assert torch.allclose(first.double(), buffer.double(), rtol=1e-9)
+
+
+def test_without_kernels_a_run_goes_on_by_torchs_layers(tiny_data, tmp_path):
+    root = Path(model.__file__).parent
+    for name in ("prepare.py", "augment.py", "model.py", "pretrain.py"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("formats", "splits", "training"):
+        shutil.copytree(root / name, tmp_path / name)
+    flags = ["--width", "0.0625", "--batch-size", "4", "--max-steps", "1", "--device", "cpu"]
+    command = [sys.executable, "pretrain.py", "--data", str(tiny_data), "--out", "run", *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "kernels" in done.stderr and (tmp_path / "run/encoder.pt").exists()

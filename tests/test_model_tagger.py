@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import model
-from kernels import exports
+from formats import exports
 from test_model import trained
 
 TAGS = ["choral", "häßlich", "guitar"]

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = {
     "prepare": {"splits"},
     "augment": {"kernels"},
-    "model": {"kernels"},
+    "model": {"kernels", "formats"},
     "pretrain": {"prepare", "augment", "model", "kernels", "training"},
     "evaluate": {"prepare", "model", "evaluation", "results"},
     "transfer": {"prepare", "model", "evaluate", "evaluation", "results"},
 }
-ROOMS = ("kernels", "training", "evaluation", "splits")
+ROOMS = ("kernels", "formats", "training", "evaluation", "splits")
 FOLDERS = (*ROOMS, "library", "results", "bench", "demo", "tests")
-OPTIONAL = {"kernels", "splits"}
+OPTIONAL = {"kernels", "formats", "splits"}
 TORCH_ALONE = ("augment", "model")
 PROGRAM = re.compile(r"^# -{3,} program", re.M)
 # A path of somebody's machine.

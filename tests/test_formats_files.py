@@ -1,4 +1,4 @@
-"""kernels/files.py: damaged files are found byte by byte, and what strangers send runs nothing,
+"""formats/files.py: damaged files are found byte by byte, and what strangers send runs nothing,
 changes nothing and takes no memory."""
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import model
-from kernels import files
+from formats import files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -247,7 +247,7 @@ READER = """
 import contextlib, io, json, resource, sys
 import torch
 import model
-from kernels import exports, files
+from formats import exports, files
 
 def process():
     rebuild = torch._utils._rebuild_tensor_v2
