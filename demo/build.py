@@ -47,7 +47,7 @@ MARKER = "<!-- the table below is written by build.py -->"
 
 
 def fetch(package: str, version: str, folder: Path) -> Path:
-    """Download one Debian package of one version into a folder, unless it is there; returns the .deb file."""
+    """Download a Debian package of one version into a folder, unless it is there -> the .deb."""
     name = f"{package}_{version}_*.deb"
     found = sorted(folder.glob(name))
     if found:
@@ -58,7 +58,8 @@ def fetch(package: str, version: str, folder: Path) -> Path:
     if not found:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise OSError(
-            f"expected the package {package} {version}, apt-get said: {reason}; type: apt-get update"
+            f"expected the package {package} {version}, apt-get said: {reason}; type: "
+            "apt-get update"
         )
     return found[0]
 
@@ -115,7 +116,7 @@ def encode(wave: np.ndarray, out: Path, tags: dict[str, str]) -> None:
 
 
 def check(file: Path) -> None:
-    """Decode an excerpt and raise ValueError unless rate, channels, length, peak and level are as promised."""
+    """ValueError unless an excerpt decodes with the rate, length, peak and level promised."""
     wave, rate = soundfile.read(file, dtype="float32", always_2d=True)
     if rate != RATE or wave.shape[1] != 1:
         came = f"{wave.shape[1]} channels at {rate} Hz"
