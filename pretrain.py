@@ -511,6 +511,10 @@ class Run:
             return ahead.InputsOnGPU(*steps, self.device)
         return ahead.InputsOnCPU(*steps)
 
+    def epoch(self) -> float:
+        """How often every song has been heard."""
+        return round(self.step / self.pairs.steps_per_epoch, 3)
+
     def due(self) -> list[bool]:
         """Is a line of the log due after this step, a save, a probe? All are at the last one."""
         s = self.settings
@@ -562,17 +566,17 @@ def train(run: Run, log, watch) -> int:
 
             logs, saves, probes = run.due()
             number = watch.number  # read once: what is saved below must have been looked at here
-            look = logs or saves or number or run.device.type == "cpu"  # a GPU would have to wait
-            finite = not look or run.is_finite(meter.sums[0], saves or number)
+            finite = True  # not looked at where nothing is due: a GPU would have to wait
+            if logs or saves or number or run.device.type == "cpu":
+                finite = run.is_finite(meter.sums[0], saves or number)
             stop, lost = watch.agree(number, finite)
             if lost:
                 raise FloatingPointError(
                     f"the loss or a weight is not finite at step {run.step}, process {lost - 1}; "
                     f"{run.last_good()}. Try a lower --lr, --amp off, or prepare.py --check")
             if logs or stop:
-                means = meter.read(run.step, inputs, watch)
-                epoch = round(run.step / run.pairs.steps_per_epoch, 3)
-                log.write({"step": run.step, "epoch": epoch, **means, "lr": rate})
+                log.write({"step": run.step, "epoch": run.epoch(),
+                           **meter.read(run.step, inputs, watch), "lr": rate})
             if saves or stop:
                 run.save()
             if probes and world()[0] == 0 and run.clips.tags:

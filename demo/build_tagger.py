@@ -272,8 +272,7 @@ def main(argv=None):
     scores = {**report(music, layer, named), "penalty": penalty, **about,
               "encoder": model.weights_sha256(encoder), "versions": model.versions(),
               "code": model.code_version(), "argv": ["demo/build_tagger.py", *arguments]}
-    text = json.dumps(scores, indent=1) + "\n"
-    model.write_atomically(args.scores, text.encode())
+    model.write_atomically(args.scores, (json.dumps(scores, indent=1) + "\n").encode())
     print(scores["caption"], "Left out:", ", ".join(about["left_out"]))
     return 0
 
