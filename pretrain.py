@@ -511,10 +511,6 @@ class Run:
             return ahead.InputsOnGPU(*steps, self.device)
         return ahead.InputsOnCPU(*steps)
 
-    def epoch(self) -> float:
-        """How often every song has been heard."""
-        return round(self.step / self.pairs.steps_per_epoch, 3)
-
     def due(self) -> list[bool]:
         """Is a line of the log due after this step, a save, a probe? All are at the last one."""
         s = self.settings
@@ -575,7 +571,8 @@ def train(run: Run, log, watch) -> int:
                     f"the loss or a weight is not finite at step {run.step}, process {lost - 1}; "
                     f"{run.last_good()}. Try a lower --lr, --amp off, or prepare.py --check")
             if logs or stop:
-                log.write({"step": run.step, "epoch": run.epoch(),
+                log.write({"step": run.step,
+                           "epoch": round(run.step / run.pairs.steps_per_epoch, 3),
                            **meter.read(run.step, inputs, watch), "lr": rate})
             if saves or stop:
                 run.save()
