@@ -571,9 +571,8 @@ def train(run: Run, log, watch) -> int:
                     f"the loss or a weight is not finite at step {run.step}, process {lost - 1}; "
                     f"{run.last_good()}. Try a lower --lr, --amp off, or prepare.py --check")
             if logs or stop:
-                log.write({"step": run.step,
-                           "epoch": round(run.step / run.pairs.steps_per_epoch, 3),
-                           **meter.read(run.step, inputs, watch), "lr": rate})
+                log.write({"step": run.step, **meter.read(run.step, inputs, watch), "lr": rate,
+                           "epoch": round(run.step / run.pairs.steps_per_epoch, 3)})
             if saves or stop:
                 run.save()
             if probes and world()[0] == 0 and run.clips.tags:
