@@ -178,10 +178,11 @@ class StemStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, weight, gamma, moments, affine, out = ctx.saved_tensors
-        grad = as_rows(grad).flatten(0, 1)  # (N, C)
         sums = moments.new_zeros(4, len(weight))
         of_rows = []
-        for part, g, y in zip(*(t.split(ctx.group) for t in (rows, grad, out))):
+        groups = zip(rows.split(ctx.group), as_rows(grad).flatten(0, 1).split(ctx.group),  # (N, C)
+                     out.split(ctx.group))
+        for part, g, y in groups:
             g = where_open(g, y).to(rows.dtype)
             sums += part.T @ g
             if ctx.needs_input_grad[0]:
@@ -189,8 +190,8 @@ class StemStep(torch.autograd.Function):
         gradients, means = stem_gradients(sums, moments, weight, gamma, ctx.found, ctx.norm)
         of_audio = None
         if of_rows:
-            rest = StemStep.through_statistics(rows, weight, gamma, ctx.found, means)
-            of_audio = (torch.cat(of_rows) - rest).view(ctx.shape)
+            of_audio = StemStep.through_statistics(rows, weight, gamma, ctx.found, means)
+            of_audio = (torch.cat(of_rows) - of_audio).view(ctx.shape)
         return of_audio, *gradients, None
 
     @staticmethod
@@ -303,25 +304,34 @@ class BlockStep(torch.autograd.Function):
         x, weight, sign, gamma, out, top, *outputs = ctx.saved_tensors
         parts = x.split(group_size(x, x.shape[1] * len(weight)))
         gradients, sums = BlockStep.open_gradients(ctx, grad, parts)
-        scale, slope, offset = BlockStep.coefficients(ctx, sums, gamma)
-        of_weight = x.new_zeros(3, *weight.shape[:2], dtype=gamma.dtype)
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        back = weight.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        begin = 0
-        for i, rows in enumerate(parts):
-            y = (outputs[i] if outputs else convolve(rows, weight)).to(gamma.dtype)
-            d = torch.addcmul(offset, y, slope)  # (b, T, C')
-            g = gradients[i].mul_(scale)
-            d = d.add_(to_maxima(g, y) if ctx.pool > 1 else g).to(weight.dtype)
-            add_weight_gradient(of_weight, d, rows)
-            if of_x is not None:
-                of_x[begin : begin + len(rows)] = convolve(d, back)
-                begin += len(rows)
+        coefficients = BlockStep.coefficients(ctx, sums, gamma)
+        of_weight, of_x = BlockStep.through_groups(ctx, gradients, parts, outputs, coefficients)
         of_weight = (of_weight * sign.view(1, -1, 1)).permute(1, 2, 0).unsqueeze(2)  # (C', C, 1, 3)
         of_x = None if of_x is None else as_image(of_x)
         of_bias = torch.zeros_like(gamma)
         of_gamma = (sums[1] * sign).to(gamma)
         return of_x, channels_last(of_weight), of_bias, of_gamma, sums[0].to(gamma), None
+
+    @staticmethod
+    def through_groups(ctx, gradients, parts, outputs, coefficients):
+        """The gradients of the weights, a matrix a tap (3, C', C), and of the input's rows (or
+        None), group by group."""
+        x, weight = ctx.saved_tensors[:2]
+        scale, slope, offset = coefficients
+        of_weight = x.new_zeros(3, *weight.shape[:2], dtype=scale.dtype)
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        back = weight.flip(3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        begin = 0
+        for rows, g, y in zip(parts, gradients, outputs or [None] * len(parts)):
+            y = (convolve(rows, weight) if y is None else y).to(scale.dtype)
+            d = torch.addcmul(offset, y, slope)  # (b, T, C')
+            g = g.mul_(scale)
+            d = d.add_(to_maxima(g, y) if ctx.pool > 1 else g).to(weight.dtype)
+            add_weight_gradient(of_weight, d, rows)
+            if of_x is not None:
+                of_x[begin : begin + len(rows)] = convolve(d, back)
+                begin += len(rows)
+        return of_weight, of_x
 
     @staticmethod
     def open_gradients(ctx, grad, parts):

@@ -76,9 +76,9 @@ def _maxima(y, gamma, top, partial, shape, POOL: tl.constexpr, COLUMNS: tl.const
     partial (3, programs, C) of all rows of a program: the first of them (sums of squares cancel
     where y hardly varies), and the sums of the differences to it and of their squares."""
     ROWS: tl.constexpr = TILE // COLUMNS
-    rows, channels = shape
+    channels = shape[1]
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = _share(rows, ROWS)
+    begin, end = _share(shape[0], ROWS)
     sign = _of_channel(gamma, 0, c, channels)[None, :]
     pivot = _of_channel(y, begin * POOL, c, channels).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -90,10 +90,10 @@ def _maxima(y, gamma, top, partial, shape, POOL: tl.constexpr, COLUMNS: tl.const
         best = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         for k in tl.static_range(POOL):
             value = tl.load(y + at + k * channels, mask=inside, other=0.0).to(tl.float32)
-            away = tl.where(inside, value - pivot, 0.0)
-            total += away
-            squares += away * away
             best = tl.where(_higher(value, best, sign), value, best)
+            value = tl.where(inside, value - pivot, 0.0)
+            total += value
+            squares += value * value
         tl.store(top + row * channels + c[None, :], best.to(top.dtype.element_ty), mask=inside)
         begin += ROWS
     _store_sum(partial, 0, tl.where(tl.arange(0, ROWS)[:, None] == 0, pivot, 0.0), c, channels)
@@ -178,9 +178,9 @@ def _gradient_sums(grad, top, values, partial, shape, COLUMNS: tl.constexpr):
     """partial (2, programs, C): sums of g and of g (top - mean), g being the incoming gradient
     where the ReLU was open."""
     ROWS: tl.constexpr = TILE // COLUMNS
-    rows, channels = shape
+    channels = shape[1]
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, end = _share(rows, ROWS)
+    begin, end = _share(shape[0], ROWS)
     mean = _of_channel(values, 0, c, channels)[None, :]
     scale = _of_channel(values, 2, c, channels)[None, :]
     shift = _of_channel(values, 3, c, channels)[None, :]
@@ -239,22 +239,22 @@ def _first_maximum(y, at, inside, scale, channels, POOL: tl.constexpr):
 def _spread(y, grad, coefficients, dy, shape, POOL: tl.constexpr, COLUMNS: tl.constexpr):
     """dy (R POOL, C) = offset + slope y, plus scale g at the (first) maximum of POOL rows."""
     ROWS: tl.constexpr = TILE // COLUMNS
-    rows, channels = shape
+    channels = shape[1]
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     scale = _of_channel(coefficients, 0, c, channels)[None, :]
     shift = _of_channel(coefficients, 1, c, channels)[None, :]
     offset = _of_channel(coefficients, 2, c, channels)[None, :]
     slope = _of_channel(coefficients, 3, c, channels)[None, :]
-    inside = (row < rows) & (c < channels)[None, :]
+    inside = (row < shape[0]) & (c < channels)[None, :]
     at = row * POOL * channels + c[None, :]
     which, best = _first_maximum(y, at, inside, scale, channels, POOL)
     g = tl.load(grad + row * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
     g = tl.where(best * scale + shift > 0, g * scale, 0.0)
     for k in tl.static_range(POOL):
         value = tl.load(y + at + k * channels, mask=inside, other=0.0).to(tl.float32)
-        d = offset + slope * value + tl.where(which == k, g, 0.0)
-        tl.store(dy + at + k * channels, d.to(dy.dtype.element_ty), mask=inside)
+        value = offset + slope * value + tl.where(which == k, g, 0.0)
+        tl.store(dy + at + k * channels, value.to(dy.dtype.element_ty), mask=inside)
 
 
 def tiles(rows: int, channels: int):
@@ -335,24 +335,31 @@ class BlockStep(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, y, top, values = ctx.saved_tensors
         grad = by_rows(grad)
-        columns, height, across, programs = tiles(*ctx.tall)
-        rows, channels = ctx.tall
+        gradients, coefficients = BlockStep.coefficients(ctx, grad, top, values)
+        columns, height, across = tiles(*ctx.tall)[:3]
+        dy = torch.empty_like(y)
+        _spread[triton.cdiv(ctx.tall.rows, height), across](
+            y, grad, coefficients, dy, ctx.tall, ctx.pool, columns)
+        of_x, of_weight = torch.ops.aten.convolution_backward(
+            dy.permute(0, 3, 1, 2), x, weight, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1,
+            [ctx.needs_input_grad[0], True, False])[:2]
+        of_bias = torch.zeros_like(gradients[0])  # which normalising takes away
+        return of_x, of_weight.to(values.dtype), of_bias, gradients[0], gradients[1], None
+
+    @staticmethod
+    def coefficients(ctx, grad, top, values):
+        """The gradients (2, C') of gamma and beta, and the coefficients (4, C') of y's gradient."""
+        columns, _, across, programs = tiles(*ctx.tall)
+        channels = ctx.tall.channels
         partial = values.new_empty(2, programs, channels)
         _gradient_sums[(programs, across)](grad, top, values, partial, ctx.tall, columns)
         sums = combine(partial, ctx.tall, 1)
+        everywhere = summed(sums, ctx.everywhere)
         gradients = values.new_empty(2, channels)
         coefficients = torch.empty_like(values)
         grid = (triton.cdiv(channels, CHANNELS.value),)
-        everywhere = summed(sums, ctx.everywhere)
         _slopes[grid](sums, everywhere, values, gradients, coefficients, ctx.count, channels)
-        dy = torch.empty_like(y)
-        grid = (triton.cdiv(rows, height), across)
-        _spread[grid](y, grad, coefficients, dy, ctx.tall, ctx.pool, columns)
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            dy.permute(0, 3, 1, 2), x, weight, None, [1, 1], [0, 1], [1, 1], False, [0, 0], 1,
-            [ctx.needs_input_grad[0], True, False])
-        nothing = torch.zeros_like(gradients[0])  # of the bias, which normalising takes away
-        return of_x, of_weight.to(values.dtype), nothing, gradients[0], gradients[1], None
+        return gradients, coefficients
 
 
 # --------------------------------------------------------------------------------------- the stem
