@@ -1,5 +1,6 @@
 """What the tests of pretrain.py share: to start it as a user does, to wait for it, to compare."""
 
+import functools
 import os
 import signal
 import socket
@@ -63,7 +64,10 @@ def start(args, size=1):
     """Popen of `script`, in a session of its own; what it says comes by stdout."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, **QUIET}
-    return subprocess.Popen(script(args, size), env=env, start_new_session=True, **pipes)
+    # whoever runs the tests under nohup ignores SIGHUP, and a child would inherit that
+    listen = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    return subprocess.Popen(script(args, size), env=env, start_new_session=True,
+                            preexec_fn=listen, **pipes)
 
 
 def wait_for_step(folder, step, process):
