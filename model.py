@@ -1,7 +1,6 @@
 """Encoders of CLMR, the projector, and the files they live in (ISMIR 2021, sections 3.3 and 3.5).
 
-    python model.py                      # layers, shapes and parameters of the paper's SampleCNN
-    python model.py --encoder cpc
+    python model.py --encoder cpc        # its layers, shapes and parameters
     python model.py --ckpt runs/mtat/encoder.pt --out exported/ --onnx    # encoder.ts .pt2 .onnx
 
 This file needs torch alone. With kernels/ beside it training is faster, by the same numbers; with
@@ -47,9 +46,8 @@ def he_init(module: nn.Module):
         nn.init.zeros_(module.bias)
 
 class Block(nn.Sequential):
-    """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T').
-
-    In training kernels/ may know a faster pass of the same numbers."""
+    """conv, batch norm, in the nine blocks max-pool 3, ReLU: (B, C, 1, T) -> (B, C', 1, T'). In
+    training kernels/ may know a faster pass of the same numbers."""
 
     recompute = False  # kernels/ keeps this block's input and output alone for the backward pass
 
@@ -219,8 +217,8 @@ class MelCNN(nn.Module):
     """A convolutional network on a log-mel spectrogram of 96 bands and 152 frames.
 
     `forward(x (B, 1, 3**10)) -> (B, 2 C)`: the mean and the maximum over time and bands of the last
-    block's C channels, by a thirty-fifth of SampleCNN's arithmetic. Autograd, AMP (the spectrogram
-    stays in full precision), TorchScript, torch.export and ONNX are supported.
+    block's C channels, by a thirty-fifth of SampleCNN's arithmetic. All is supported that SampleCNN
+    supports; under AMP the spectrogram stays in full precision.
 
     The bands are log(1 + 10^4 p), p the power of a Hann window's Fourier transform in a band; a
     batch norm over each band takes the place of scales set by hand. A block is a 3 x 3 convolution,
@@ -229,6 +227,7 @@ class MelCNN(nn.Module):
     Args:
         width: a factor on all channels.
         bands, window, hop: of the spectrogram; the last two in samples (46 and 17 ms).
+        branches: so many networks side by side (convolutions in groups), their features together.
 
     >>> MelCNN(width=0.5).eval()(torch.zeros(2, 1, 59049)).shape
     torch.Size([2, 384])
@@ -238,22 +237,24 @@ class MelCNN(nn.Module):
     channels = (16, 32, 64, 192, 384)
     top_hz = 11_025.0  # half of the sample rate that prepare.py writes
 
-    def __init__(self, width: float = 1.0, bands: int = 96, window: int = 1024, hop: int = 384):
+    def __init__(self, width: float = 1.0, bands: int = 96, window: int = 1024, hop: int = 384,
+                 branches: int = 1):
         super().__init__()
-        channels = [_scaled(c, width) for c in self.channels]
-        self.sizes = {"width": width, "bands": bands, "window": window, "hop": hop}
+        channels = [_scaled(c, width) * branches for c in self.channels]
+        self.sizes = dict(width=width, bands=bands, window=window, hop=hop, branches=branches)
         self.window = window
         self.hop = hop
+        self.branches = branches
         self.out_dim = 2 * channels[-1]
         self.input_samples = SampleCNN(width=1 / 64).input_samples  # all see the same windows
         filters = mel_filters(bands, window, self.top_hz)
         self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("taper", torch.hann_window(window), persistent=False)
-        self.scales = nn.BatchNorm2d(bands)
+        self.scales = nn.BatchNorm2d(branches * bands)
         self.blocks = nn.Sequential()
-        for c_in, c_out in zip([1, *channels], channels):
-            stride = (2, 1) if c_in == 1 else 1
-            layers = [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.BatchNorm2d(c_out)]
+        for c_in, c_out in zip([branches, *channels], channels):
+            stride = 1 if len(self.blocks) else (2, 1)
+            layers = [nn.Conv2d(c_in, c_out, 3, stride, 1, groups=branches), nn.BatchNorm2d(c_out)]
             if len(self.blocks) < len(channels) - 1:
                 layers.append(nn.MaxPool2d(2))
             self.blocks.append(Block(*layers, nn.ReLU(inplace=True)))
@@ -262,14 +263,16 @@ class MelCNN(nn.Module):
 
     def spectrogram(self, x: Tensor) -> Tensor:
         """(B, 1, T) -> (B, bands, frames); of the samples that fill no whole frame, nothing."""
+        if not torch.jit.is_scripting():
+            if not torch.compiler.is_exporting() and x.is_cpu and len(x) > 4:
+                return torch.cat([self.spectrogram(rows) for rows in x.split(4)])  # in the cache
         frames = x[:, 0].unfold(1, self.window, self.hop) * self.taper  # (B, frames, window)
         spectrum = torch.view_as_real(torch.fft.rfft(frames))  # (B, frames, bins, 2)
         power = spectrum[..., 0].square() + spectrum[..., 1].square()
-        power = power @ self.filters  # (B, frames, bands)
-        return torch.log1p(1e4 * power).transpose(1, 2)
+        return torch.log1p(1e4 * (power @ self.filters)).transpose(1, 2)
 
     def front(self, x: Tensor) -> Tensor:
-        """What the blocks are given: (B, 1, T) -> (B, 1, bands, frames)."""
+        """What the blocks are given: (B, 1, T) -> (B, branches, bands, frames)."""
         _check_windows(x, self.input_samples)
         if not torch.jit.is_scripting():
             if torch.is_autocast_enabled(x.device.type):
@@ -279,8 +282,9 @@ class MelCNN(nn.Module):
         return self.normalise(self.spectrogram(x))
 
     def normalise(self, spectrogram: Tensor) -> Tensor:
-        """(B, bands, frames) -> (B, 1, bands, frames)."""
-        return self.scales(spectrogram.unsqueeze(3)).permute(0, 3, 1, 2)
+        """(B, bands, frames) -> (B, branches, bands, frames)."""
+        x = self.scales(spectrogram.repeat(1, self.branches, 1).unsqueeze(3))
+        return x.unflatten(1, (self.branches, -1)).squeeze(4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.front(x))  # (B, C, bands', frames')
@@ -341,8 +345,8 @@ class Levels(nn.Module):
 class BatchNormOverProcesses(nn.BatchNorm2d):
     """Batch norm with the statistics of all processes (section 3.2), in training, on any device.
 
-    Sums are taken in float64. The gradient is exact: it passes through mean and variance, to the
-    inputs of all processes, which hold as many rows each."""
+    Sums are taken in float64. The gradient is exact: through mean and variance, to the inputs of
+    all processes, which hold as many rows each."""
 
     over_processes = True  # which kernels/ asks
 
@@ -409,9 +413,8 @@ def read_checkpoint(path) -> dict:
 
 def _save(path, encoder, content):
     state = {key: value.detach().cpu().clone() for key, value in encoder.state_dict().items()}
-    content = {**content, "state": state, "weights_sha256": weights_sha256(encoder)}
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({**content, "state": state, "weights_sha256": weights_sha256(encoder)}, buffer)
     write_atomically(path, buffer.getvalue())
 
 def save_encoder(path, encoder: nn.Module, **info):
@@ -515,8 +518,7 @@ def _authors_state(state):
         if not found:
             return None
         block = int(found[1] or int(found[2]) - 1)
-        one_by_k = value.unsqueeze(2) if value.dim() == 3 else value
-        renamed[f"blocks.{block}.{found[3]}"] = one_by_k
+        renamed[f"blocks.{block}.{found[3]}"] = value.unsqueeze(2) if value.dim() == 3 else value
     return renamed or None
 
 # ------------------------------------------------ what formats/exports.py and formats/machine.py do
@@ -541,8 +543,7 @@ def export_program(encoder: nn.Module, path, sample_rate: int, info: dict = None
 
 def export_onnx(encoder: nn.Module, path, sample_rate: int, head: nn.Module = None, tags=(),
                 task: str = "none", info: dict = None) -> dict:
-    """The same as ONNX, `audio (B, 1, input_samples) -> features (B, D)`, or (B, K), for any B. It
-    needs the packages onnx and onnxscript, and onnxruntime to compare."""
+    """The same as ONNX, for any B; it needs onnx and onnxscript, and onnxruntime to compare."""
     return _export("onnx", path, info, encoder, sample_rate, head, tags, task)
 
 def _export(kind, path, info, *parts):
@@ -585,8 +586,7 @@ def write_atomically(path, data: bytes):
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line: `first_line(MemoryError())` is 'MemoryError'."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 # --- program: it needs no sibling
 

@@ -5,11 +5,14 @@ r"""The project's own experiments on music, each a series of commands: pre-train
     python bench/series.py labels --data moods --ckpt runs/moods/encoder.pt
     python bench/series.py ablation --data moods --width 0.5 --steps 300
     python bench/series.py methods --data moods --width 0.5 --steps 300
+    python bench/series.py encoders --data moods --other game free --width 0.25 --seconds 600
     python bench/series.py numbers --data moods --result results/full/moods-20000.json \
         --log results/full/moods-20000.jsonl --where "one H200"
 
 curve: how far training carries. domains: Table 3's shape. labels: Figure 4. ablation: Table 2.
-methods: CPC, losses, batch sizes. numbers: which to expect, the paper's and ours.
+methods: CPC, losses, batch sizes. encoders: SampleCNN, CPC and melcnn at equal seconds of one core,
+pre-trained on --data and on --other, with few labels and all. numbers: which to expect, the paper's
+and ours.
 
 All names of data are prepared folders. Every stage is skipped when it is there, so an interrupted
 series continues with the same command. Rows of one series (but `curve`, where steps are what
@@ -21,6 +24,8 @@ into results/small/. `--dry-run` prints the commands.
 
 import argparse
 import json
+import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -40,8 +45,11 @@ def call(args, script, *flags):
     """Run a script of this repository, or, with --dry-run, only say what would run."""
     command = [script, *map(str, flags)]
     print("python", shlex.join(command), file=sys.stderr, flush=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not args.dry_run:
         subprocess.run([sys.executable, str(ROOT / script), *command[1:]], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # of processors
 
 
 def read_json(path, default=None):
@@ -130,7 +138,7 @@ def curve(args):
 def domains(args):
     return {
         data: pretrain(args, data, batch(args), data=data)
-        for data in (args.data, args.other, args.both)
+        for data in (args.data, *(args.other or ()), args.both)
         if data
     }
 
@@ -169,6 +177,86 @@ def methods(args):
     steps = round(seconds * log_of(folder / "cpc" / "log.jsonl")["pairs_per_s"] / 64)
     found["CPC, equal seconds"] = pretrain(args, "cpc", cpc, max(20, steps))
     return found
+
+
+def encoders(args):
+    """Each encoder for --seconds of one core, on each music; its speed is measured beforehand.
+
+    Returns {(encoder, music): its encoder.pt}.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    few = ["--lr", "1e-3", "--schedule", "cosine"]
+    ways = {
+        f"SampleCNN, width {args.width:g}": ["--width", args.width, "--temperature", "0.2", *few],
+        f"CPC, width {args.width:g}": ["--method", "cpc", "--width", args.width, *few],
+        "melcnn": ["--encoder", "melcnn", "--temperature", "0.2", *few],
+    }
+    found = {}
+    for name, flags in ways.items():
+        folder = args.runs / "encoders" / name.replace(", ", "-").replace(" ", "-")
+        cost = {}
+        for steps in (2, 12):
+            out = folder.with_name(f"{folder.name}-{steps}-steps")
+            shutil.rmtree(out, ignore_errors=True)
+            budget = ["--data", *args.other, "--max-steps", steps, "--save-every", 100]
+            cost[steps] = call(args, "pretrain.py", *budget, *flags, "--out", out)
+        steps = 1 if args.dry_run else round(args.seconds / (cost[12] - cost[2]) * 10)
+        for music in ([args.data], args.other):
+            out = folder.with_name(f"{folder.name}-on-{'-'.join(music)}")
+            flags_of = ["--warmup", min(200, steps // 10), "--log-every", 20, "--out", out]
+            there = out / "encoder.pt"
+            if not there.exists() or not is_done(out, steps):
+                budget = ["--data", *music, "--max-steps", steps, "--save-every", 100]
+                call(args, "pretrain.py", *budget, *flags, *flags_of)
+            found[name, " and ".join(music)] = there
+    return found
+
+
+def is_done(run, steps):
+    """Has a run's log come to its last step, of so many or nearly (speeds vary)?"""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(lines[-1])
+    return last.get("done") and abs(last["step"] - steps) < 0.2 * steps
+
+
+def few_labels(args, encoders):
+    """evaluate.py on --data of each encoder by logistic regression; a row each, and the control."""
+    out = args.out or Path("results/small/encoders.json")
+    rows = {}
+    results = {}
+    for (name, music), path in encoders.items():
+        scores = args.runs / "encoders" / f"{path.parent.name}.json"
+        flags = ["--probe", "logistic", "--random", "--seeds", args.seeds, "--amp", args.amp]
+        files = ["--export", path.parent, "--out", scores]
+        fractions = ["--fraction", "0.01", "0.1", "1"]
+        if not scores.exists() or scores.stat().st_mtime < path.stat().st_mtime:
+            call(args, "evaluate.py", "--ckpt", path, "--data", args.data, *fractions, *flags,
+                 *files)
+        if args.dry_run:
+            continue
+        cost = log_of(path.parent / "log.jsonl")
+        results[f"{name} on {music}"] = {**read_json(scores), "cost": cost}
+        for r in read_json(scores)["results"]:
+            trained = r["model"] != "untrained"
+            where = music if trained else "nothing"
+            head = {"encoder": name, "trained on": where}
+            if trained:
+                head |= {"steps": f"{cost['steps']:,}", "pairs": f"{cost['pairs']:,}"}
+            row = rows.setdefault((name, where), head)
+            row |= {f"{100 * r['fraction']:g} %: ROC / PR": " / ".join(
+                f"{100 * r['mean'][metric]:.1f}" for metric in ("roc_auc", "pr_auc"))}
+    if args.dry_run:
+        return
+    command = common.command_line(__file__)
+    caption = (
+        f"Percent on the test clips of {args.data}, by the share of its labels that the probe saw "
+        f"(logistic regression on clip means, means of {args.seeds} draws of the labels). Each "
+        f"encoder was trained for {args.seconds:g} s of one core, chain included, one seed; in "
+        f"domain: on the training clips of {args.data}. {common.where()}; `{command}`"
+    )
+    result = {"caption": caption, "table": list(rows.values()), "command": command,
+              "machine": common.machine(), "evaluations": results}
+    common.write(result, out)
 
 
 # ------------------------------ their scores
@@ -396,11 +484,13 @@ def build_parser():
         allow_abbrev=False,
     )
     parser.add_argument(
-        "what", choices=["curve", "domains", "labels", "ablation", "methods", "numbers"]
+        "what",
+        choices=["curve", "domains", "labels", "ablation", "methods", "encoders", "numbers"],
     )
     parser.add_argument("--data", required=True, help="tagged data: pre-trained on and probed on")
     parser.add_argument("--single", help="curve ...: single-label data to probe as well")
-    parser.add_argument("--other", help="domains: other music to pre-train on")
+    parser.add_argument("--other", nargs="+", help="domains, encoders: other music to train on")
+    parser.add_argument("--seconds", type=float, default=600, help="encoders: of a core, for each")
     parser.add_argument("--both", help="domains: both together")
     parser.add_argument("--ckpt", type=Path, help="labels: the encoder")
     parser.add_argument("--log", type=Path, help="numbers: of the encoder's training")
@@ -455,6 +545,8 @@ def main(argv=None):
     try:
         if args.what in ("labels", "numbers"):
             globals()[args.what](args)
+        elif args.what == "encoders":
+            few_labels(args, encoders(args))
         else:
             probe(args, globals()[args.what](args))
     except subprocess.CalledProcessError as error:

@@ -122,6 +122,15 @@ def mix(x, share: float, generator):
     return torch.log1p((1 - r) * power + r * power[torch.cat([other, other + len(x) // 2])])
 
 
+def mask(x, share: float, generator):
+    """Silence a row of up to that share of the bands, another in each view of (2 B, bands, ...)."""
+    bands = x.shape[1]
+    height = (torch.rand(len(x), 1, generator=generator) * (share * bands + 1)).long()
+    low = (torch.rand(len(x), 1, generator=generator) * (bands - height + 1)).long()
+    band = torch.arange(bands)
+    return x * ~((band >= low) & (band < low + height))[:, :, None]
+
+
 # ------------------------------------------------------------------------------------- training
 class Network(nn.Module):
     """A variant of MelCNN that takes spectrograms: (B, bands, frames) -> (B, D)."""
@@ -143,8 +152,18 @@ class Network(nn.Module):
         return torch.cat([x.mean(axes).flatten(1), x.amax(axes).flatten(1)], 1)
 
 
-def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, batch=BATCH, seed=0,
-          renewed=False, **sizes):
+def join(encoders) -> model.MelCNN:
+    """MelCNNs of the same sizes as one, whose branches they are."""
+    sizes = {**encoders[0].sizes, "branches": sum(e.branches for e in encoders)}
+    joined = model.MelCNN(**sizes)
+    states = [encoder.state_dict() for encoder in encoders]
+    parts = {key: [state[key] for state in states] for key in states[0]}
+    joined.load_state_dict({k: torch.cat(p) if p[0].dim() else p[0] for k, p in parts.items()})
+    return joined.eval()
+
+
+def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,
+          frames=FRAMES, batch=BATCH, seed=0, renewed=False, **sizes):
     """Train for `seconds` of a core; returns the network and the pairs it saw.
 
     With `out` a checkpoint is kept there, from which the same call goes on. Without `renewed` the
@@ -169,16 +188,17 @@ def train(pool, seconds, out=None, share=0.0, temperature=0.2, frames=FRAMES, ba
         songs, order = order[:batch], order[batch:]
         x = pool.pairs(songs, frames, generator)
         x = mix(x, share, generator) if share else x
+        x = mask(x, masked, generator) if masked else x
         cosine = 0.5 * (1 + math.cos(math.pi * used / seconds))
         adam.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 200) * cosine
         with model.autocast("cpu"):
             z = projector(network(x))
-        loss = pretrain.nt_xent(*z.chunk(2), temperature)
+        value = pretrain.LOSSES[loss](*z.chunk(2), temperature)
         adam.zero_grad()
-        loss.backward()
+        value.backward()
         adam.step()
         step += 1
-        losses.append(loss.item())
+        losses.append(value.item())
         now = time.process_time()
         used += now - last + making
         last = now

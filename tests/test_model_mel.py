@@ -127,3 +127,31 @@ def test_scripted_and_exported_it_gives_the_same_numbers(encoder, tmp_path, expo
     path = tmp_path / "encoder"
     sidecar = getattr(model, f"export_{export}")(encoder, path, SAMPLE_RATE)
     assert sidecar["max_difference"] < 1e-5 and sidecar["encoder"] == "melcnn"
+
+
+def test_two_branches_give_what_two_networks_give_side_by_side(encoder):
+    torch.manual_seed(1)
+    other = model.MelCNN(width=0.5).eval()
+    joined = model.MelCNN(width=0.5, branches=2).eval()
+    states = [e.state_dict() for e in (encoder, other)]
+    both = {key: [state[key] for state in states] for key in states[0]}
+    joined.load_state_dict({k: torch.cat(v) if v[0].dim() else v[0] for k, v in both.items()})
+    with torch.no_grad():
+        got = joined(audio(5)).unflatten(1, (2, 2, -1))  # mean and maximum, branch, channels
+        for branch, network in enumerate((encoder, other)):
+            want = network(audio(5)).unflatten(1, (2, -1))
+            assert difference(got[:, :, branch], want) < 1e-5
+
+
+def test_a_few_rows_at_a_time_the_spectrogram_has_the_same_bits():
+    x = audio(9)
+    encoder = model.MelCNN()
+    one_by_one = torch.cat([encoder.spectrogram(row) for row in x.split(1)])
+    assert torch.equal(encoder.spectrogram(x), one_by_one)
+
+
+@pytest.mark.parametrize("export", ["torchscript", "program"])
+def test_branches_are_exported(tmp_path, export):
+    encoder = model.MelCNN(width=0.25, branches=2).eval()
+    sidecar = getattr(model, f"export_{export}")(encoder, tmp_path / "encoder", SAMPLE_RATE)
+    assert sidecar["max_difference"] < 1e-5 and sidecar["sizes"]["branches"] == 2
