@@ -23,6 +23,11 @@ Leaves behind, in the run's folder (of another checkpoint: runs/ITS-NAME/) or wh
 the numbers; encoder.ts, encoder.pt2, and, where all labels were used, tagger.ts and tagger.pt;
 features in data/NAME/features/. Pictures: transfer.py; tables in pages: results/tables.py.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C is silent
+
 import argparse
 import contextlib
 import itertools
@@ -603,6 +608,8 @@ def main(argv=None):
     from evaluation import command
     from results import tables
     model.tune_allocator()
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = build_parser()
     args = parser.parse_args(argv)
     for name in ("fraction", "features_from"):

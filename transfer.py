@@ -20,6 +20,11 @@ a heat map. `--plots DIR`: of each cell tags.png (PR-AUC or recall of each tag w
 curves.png (precision over recall), confusion.png, tsne.png (test clips, Appendix C.4), filters.png
 (first layer), fractions.png (Figures 4, 5).
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C is silent
+
 import argparse
 import contextlib
 import functools
@@ -354,6 +359,8 @@ def main(argv=None):
     import model
     from evaluation import command
     model.tune_allocator()
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = build_parser()
     args = parser.parse_args(argv)
     sources = dict(pair.split("=", 1) if "=" in pair else (Path(pair).parent.name, pair)

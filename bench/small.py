@@ -295,6 +295,8 @@ def build_parser():
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="some variants")
     parser.add_argument("--seconds", type=float, default=240, help="of a core, for each variant")
     parser.add_argument("--ship", type=float, metavar="SECONDS", help="train what ships")
+    parser.add_argument("--seed", type=int, default=0, help="with --ship")
+    parser.add_argument("--mask", type=float, default=0.0, help="with --ship: share of the bands")
     parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
     parser.add_argument("--pool", type=Path, default=Path("data/views.npy"), help="the views' file")
     parser.add_argument("--views", type=int, default=48, help="of each song in the pool")
@@ -312,7 +314,7 @@ def main():
     elif args.ship:
         args.out.mkdir(parents=True, exist_ok=True)
         shipped = {"share": 0.3, "channels": model.MelCNN.channels, "renewed": True}
-        train(pool, args.ship, out=args.out, **shipped)
+        train(pool, args.ship, out=args.out, masked=args.mask, seed=args.seed, **shipped)
     else:
         compare(args, pool)
 

@@ -1,6 +1,7 @@
 """Audio to features or tags: one network behind one small face, whatever file it came from."""
 
 import hashlib
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import model
 import numpy as np
 import prepare
 import torch
+from formats.files import check_archive
 from torch.nn import functional as F
 
 from library import listen
@@ -64,7 +66,7 @@ def load_network(
     where = model.choose_device(device)
     dimensions = 0
     if path.suffix == ".ts":
-        module = torch.jit.load(path, map_location=where)
+        module = load_program(path, where)
         told = "tags" if module.tags else "output"
         sample_rate = module.sample_rate
     elif kind == "tags":
@@ -97,6 +99,18 @@ def load_network(
         16 if where.type == "cpu" else 512,
         "off" if path.suffix == ".ts" else model.choose_amp(where, amp),
     )
+
+
+def load_program(path: Path, device) -> torch.jit.ScriptModule:
+    """A TorchScript file, every byte of it verified; Stop where it is not whole."""
+    try:
+        check_archive(path)
+        return torch.jit.load(path, map_location=device)
+    except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise Stop(
+            f"{path} cannot be read: {model.first_line(error)[:150]}; expected an encoder.ts or "
+            "tagger.ts: export it again by evaluate.py or model.py --out"
+        ) from None
 
 
 def for_inference(module: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, str, int]:

@@ -478,7 +478,8 @@ def describe(meta: dict) -> str:
     lines.append(f"{meta['task']}, {len(meta['tags'])} tags; split: {meta['split_name']}; "
                  f"{meta['sample_rate']} Hz")
     lines += [f"note: {hint}" for hint in meta["report"].get("hints", ())]
-    return "\n".join([*lines, f"fingerprint {meta['fingerprint']}"])
+    lines.append(f"fingerprint {meta['fingerprint']}")
+    return "\n".join(line.replace("\n", "\\n") for line in lines)  # a file may be named so
 
 
 def _install(folder, out):

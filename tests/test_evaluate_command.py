@@ -3,6 +3,11 @@
 import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -474,3 +479,16 @@ def test_what_ships_can_be_evaluated(tmp_path, run):
                cwd=tmp_path)
     assert done.returncode == 2
     assert "prepare.py" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "transfer.py"])
+def test_ctrl_c_during_the_imports_is_silent(checkpoint, tiny_data, script):
+    command = [sys.executable, str(ROOT / script), "--ckpt", str(checkpoint), "--data", tiny_data]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    while b"numpy" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert text == ""

@@ -223,6 +223,17 @@ def test_tag_prints_the_likeliest_tags_of_a_song(tagger, tiny_audio, capsys):
     assert float(lines[1].split("%")[0]) == pytest.approx(100 * float(want.max()), abs=0.1)
 
 
+def test_a_flipped_bit_in_a_torchscript_file_is_named(tagger, tiny_audio, tmp_path, capsys):
+    damaged = tmp_path / "tagger.ts"
+    content = bytearray(tagger.read_bytes())
+    content[len(content) // 2] ^= 4
+    damaged.write_bytes(content)
+    song = tiny_audio / "song 02.flac"
+    assert cli.main(["tag", str(song), "--ckpt", str(damaged)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{damaged} cannot be read" in line and "tagger.ts" in line
+
+
 def test_tag_of_a_folder_is_a_table_of_one_row_a_song(tagger, sounds, tmp_path, capsys):
     table = tmp_path / "tags.csv"
     assert cli.main(["tag", str(sounds), "--ckpt", str(tagger), "--csv", str(table)]) == 1

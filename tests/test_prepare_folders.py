@@ -33,6 +33,14 @@ def test_control_characters_are_not_sent_to_a_terminal(tmp_path, cli):
     assert not set("\x1b\x07") & set(done.stdout + done.stderr.replace("\x1b[A", ""))
 
 
+def test_a_newline_in_a_name_does_not_break_the_report(tmp_path, cli):
+    soundfile.write(tmp_path / "two\nlines.wav", tone(), 22050)
+    done = cli(["prepare.py", "--data", "folder", "--root", tmp_path, "--out", tmp_path / "out"])
+    assert done.returncode == 0
+    assert "two\\nlines.wav" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("lines.wav")]
+
+
 def test_a_circle_of_links_is_followed_once(tmp_path):
     songs(tmp_path / "elsewhere", 2)
     (tmp_path / "in").mkdir()
