@@ -207,7 +207,9 @@ def encoders(args):
             there = out / "encoder.pt"
             if not there.exists() or not is_done(out, steps):
                 budget = ["--data", *music, "--max-steps", steps, "--save-every", 100]
-                call(args, "pretrain.py", *budget, *flags, *flags_of)
+                spent = call(args, "pretrain.py", *budget, *flags, *flags_of)
+                if not args.dry_run:
+                    (out / "seconds").write_text(f"{spent:.0f}")
             found[name, " and ".join(music)] = there
     return found
 
@@ -241,7 +243,9 @@ def few_labels(args, encoders):
             where = music if trained else "nothing"
             head = {"encoder": name, "trained on": where}
             if trained:
-                head |= {"steps": f"{cost['steps']:,}", "pairs": f"{cost['pairs']:,}"}
+                spent = (path.parent / "seconds").read_text()
+                head |= {"core s": spent, "steps": f"{cost['steps']:,}"}
+                head["pairs"] = f"{cost['pairs']:,}"
             row = rows.setdefault((name, where), head)
             row |= {f"{100 * r['fraction']:g} %: ROC / PR": " / ".join(
                 f"{100 * r['mean'][metric]:.1f}" for metric in ("roc_auc", "pr_auc"))}
@@ -251,7 +255,7 @@ def few_labels(args, encoders):
     caption = (
         f"Percent on the test clips of {args.data}, by the share of its labels that the probe saw "
         f"(logistic regression on clip means, means of {args.seeds} draws of the labels). Each "
-        f"encoder was trained for {args.seconds:g} s of one core, chain included, one seed; in "
+        f"encoder was trained for about {args.seconds:g} s of one core, chain included, one seed; in "
         f"domain: on the training clips of {args.data}. {common.where()}; `{command}`"
     )
     result = {"caption": caption, "table": list(rows.values()), "command": command,

@@ -1,7 +1,7 @@
 """Made-up songs in the styles of MMA's library: jazz, country, reggae, choir, metal and so on.
 
     python bench/styles.py styles/ --each 2
-    python prepare.py --data folder --root styles --name styles
+    python prepare.py --data folder --root styles --labels styles/styles.csv --name styles
 
 Free recordings hardly hold these. MMA, the Musical MIDI Accompaniment (GPL), plays any of its 184
 files of styles to given chords; here these are common progressions in a random key, tempo and
@@ -145,7 +145,10 @@ def main():
                     refused[name] = why
     for name, why in refused.items():
         print(f"{name}: {why}")
-    print(f"{len(list(args.out.glob('*.ogg')))} songs in {args.out}; {len(refused)} refused")
+    names = sorted(path.name for path in args.out.glob("[!.]*.ogg"))
+    rows = [f"{name},{name.rpartition('-')[0]}" for name in names]
+    (args.out / "styles.csv").write_text("\n".join(["file,label", *rows]) + "\n")
+    print(f"{len(names)} songs in {args.out}, labelled by styles.csv; {len(refused)} refused")
 
 
 if __name__ == "__main__":

@@ -180,10 +180,12 @@ class Embedding:
                     "trained one, or "
                     "--amp off"
                 )
-            apart = rows - rows.mean(0)
-            self.products += apart.T @ apart
-            self.count += len(rows)
             done.append((path, heard, rows))
+        if done:
+            # one product of all: (D, D) numbers are too many to go through for every song
+            apart = np.concatenate([rows - rows.mean(0) for _, _, rows in done])
+            self.products += apart.T @ apart
+            self.count += len(apart)
         self.heard.clear()
         return done
 

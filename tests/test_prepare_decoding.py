@@ -290,6 +290,17 @@ def test_an_ogg_without_a_page_in_the_middle_is_refused(whole, seconds):
         seconds("a.ogg", data[:first] + data[second:])
 
 
+def test_an_ogg_whose_time_stamps_have_gaps_is_whole(whole, seconds):
+    """As some encoders leave them: the end is said to be 200 samples later than it comes."""
+    data = whole["a.ogg"]
+    at = data.rfind(b"OggS")
+    page = bytearray(data[at:])
+    (granule,) = struct.unpack("<q", page[6:14])
+    page[6:14] = struct.pack("<q", granule + 200)
+    page[22:26] = struct.pack("<I", containers._ogg_checksum(bytes(page)))
+    assert seconds("a.ogg", data[:at] + page) == pytest.approx(seconds("a.ogg", data), abs=0.02)
+
+
 def test_mp3s_of_several_rates_in_a_row_are_all_read(seconds):
     parts = [encoded("a.mp3", tone(2, rate), rate) for rate in (44100, 22050, 48000)]
     assert seconds("a.mp3", b"".join(parts)) == pytest.approx(6, abs=0.1)
