@@ -2,7 +2,6 @@
 
     python evaluate.py --ckpt runs/demo/encoder.pt --data demo --seeds 1             # a minute
     python evaluate.py --ckpt runs/mtat/encoder.pt --random --fraction 0.01 0.1 1    # and a control
-    python evaluate.py --ckpt runs/mtat/encoder.pt --hidden 512                      # deeper probe
     python evaluate.py --data mtat --supervised --fraction 0.01                      # end to end
     python evaluate.py --data mtat --features-from mfcc.npz --probe logistic         # of others
 
@@ -23,10 +22,12 @@ Leaves behind, in the run's folder (of another checkpoint: runs/ITS-NAME/) or wh
 the numbers; encoder.ts, encoder.pt2, and, where all labels were used, tagger.ts and tagger.pt;
 features in data/NAME/features/. Pictures: transfer.py; tables in pages: results/tables.py.
 """
+import os
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C is silent
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve beside others
 
 import argparse
 import contextlib
@@ -282,8 +283,7 @@ def fit_probe(training: Windows, valid: Windows, task: str = "multilabel",
 
     threads = torch.get_num_threads()
     try:
-        # steps so small lose more by threads that wait for each other than they gain
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # in steps so small more threads wait more than they gain
         return probe, train(probe, batches, validate, task, protocol)
     finally:
         torch.set_num_threads(threads)

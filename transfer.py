@@ -20,10 +20,12 @@ a heat map. `--plots DIR`: of each cell tags.png (PR-AUC or recall of each tag w
 curves.png (precision over recall), confusion.png, tsne.png (test clips, Appendix C.4), filters.png
 (first layer), fractions.png (Figures 4, 5).
 """
+import os
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds: Ctrl-C is silent
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve beside others
 
 import argparse
 import contextlib

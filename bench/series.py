@@ -255,7 +255,7 @@ def few_labels(args, encoders):
     caption = (
         f"Percent on the test clips of {args.data}, by the share of its labels that the probe saw "
         f"(logistic regression on clip means, means of {args.seeds} draws of the labels). Each "
-        f"encoder was trained for about {args.seconds:g} s of one core, chain included, one seed; in "
+        f"encoder was trained for about {args.seconds:g} s of a core, chain included, one seed; in "
         f"domain: on the training clips of {args.data}. {common.where()}; `{command}`"
     )
     result = {"caption": caption, "table": list(rows.values()), "command": command,

@@ -3,6 +3,7 @@
     python bench/small.py --train game free --data moods quadrants --seconds 240     # the table
     python bench/small.py --train game free --ship 3200 --out runs/small             # encoder.pt
     python bench/small.py --train game free --renew       # beside it, on another core: new views
+    python bench/small.py --join runs/a/encoder.pt runs/b/encoder.pt --out runs/both   # side by side
 
 Where a core is all there is, the chain and the spectrogram cost as much as the network. So views of
 5.4 s are made once, by the paper's chain, and kept as log-mel spectrograms in a pool (`--pool`,
@@ -10,7 +11,7 @@ about 0.06 MB each); a step draws songs, two views of each and a window of 2.7 s
 that no two pairs are the same. `--renew` replaces the pool's views by new ones for as long as it
 runs. Everything else is pretrain.py's: NT-Xent, Adam, no song twice in a batch; beyond the paper
 are the temperature (0.2), warm-up and cosine, and `mix`: another song's power spectrogram, up to
-that share of the sum, is added to each view.
+that share of the sum, is added to each view; and `mask`: a row of bands of each view is silenced.
 
 A variant's core time counts each view's making, spread over four uses. It is judged by 5-fold
 cross-validation over the train and valid clips of --data, no artist in two folds: a logistic
@@ -48,15 +49,20 @@ CS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # for 500 features; for more, in p
 BATCH = 96
 
 # name: what differs from the first
+SHIPPED = (16, 32, 64, 192, 384)
 VARIANTS = {
     "16-32-64-128-256": {},
     "16-32-64-128-512": {"channels": (16, 32, 64, 128, 512)},
-    "16-32-64-192-384": {"channels": (16, 32, 64, 192, 384)},
+    "16-32-64-192-384": {"channels": SHIPPED},
     "first stride 2 x 2": {"stride": 2},
     "bands kept": {"keep_bands": True},
     "mix 0.4": {"mix": 0.4},
     "mix 0.4, temperature 0.1": {"mix": 0.4, "temperature": 0.1},
     "mix 0.4, windows of 5.4 s": {"mix": 0.4, "frames": 305, "batch": 64},
+    "16-32-64-192-384, mix 0.3": {"channels": SHIPPED, "mix": 0.3},
+    "the same, mask 0.2": {"channels": SHIPPED, "mix": 0.3, "masked": 0.2},
+    "the same, DCL": {"channels": SHIPPED, "mix": 0.3, "loss": "dcl"},
+    "the same, DCL and mask 0.2": {"channels": SHIPPED, "mix": 0.3, "loss": "dcl", "masked": 0.2},
 }
 
 
@@ -160,6 +166,16 @@ def join(encoders) -> model.MelCNN:
     parts = {key: [state[key] for state in states] for key in states[0]}
     joined.load_state_dict({k: torch.cat(p) if p[0].dim() else p[0] for k, p in parts.items()})
     return joined.eval()
+
+
+def ship_joined(paths, out: Path):
+    """encoder.pt of encoders side by side; its step is the sum of theirs."""
+    encoders, infos = zip(*(model.load_encoder(path) for path in paths))
+    about = {"method": "clmr", "batch_size": BATCH, "sample_rate": infos[0]["sample_rate"]}
+    about["step"] = sum(info["step"] for info in infos)
+    about["data"] = " and ".join(info["data"] for info in infos)
+    about["fingerprint"] = " ".join(info["fingerprint"] for info in infos)
+    model.save_encoder(out / "encoder.pt", join(encoders), **about)
 
 
 def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,
@@ -290,11 +306,12 @@ def compare(args, pool) -> None:
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--train", nargs="+", required=True, help="prepared folders to train on")
+    parser.add_argument("--train", nargs="+", default=[], help="prepared folders to train on")
     parser.add_argument("--data", nargs="+", default=[], help="prepared folders to judge on")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="some variants")
     parser.add_argument("--seconds", type=float, default=240, help="of a core, for each variant")
     parser.add_argument("--ship", type=float, metavar="SECONDS", help="train what ships")
+    parser.add_argument("--join", nargs="+", type=Path, help="encoders of one size, as branches")
     parser.add_argument("--seed", type=int, default=0, help="with --ship")
     parser.add_argument("--mask", type=float, default=0.0, help="with --ship: share of the bands")
     parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
@@ -305,7 +322,12 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    if bool(args.train) == bool(args.join):
+        parser.error("type --train and music to learn from, or --join and encoders")
+    if args.join:
+        return ship_joined(args.join, args.out)
     model.tune_allocator()
     torch.set_num_threads(1)
     pool = Pool(args.pool, [prepare.find(name) for name in args.train], args.views)
@@ -313,7 +335,7 @@ def main():
         pool.renew()
     elif args.ship:
         args.out.mkdir(parents=True, exist_ok=True)
-        shipped = {"share": 0.3, "channels": model.MelCNN.channels, "renewed": True}
+        shipped = {"share": 0.3, "channels": SHIPPED, "renewed": True}
         train(pool, args.ship, out=args.out, masked=args.mask, seed=args.seed, **shipped)
     else:
         compare(args, pool)

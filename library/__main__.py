@@ -1,5 +1,6 @@
 """python -m library VERB, or from any folder python PATH/TO/library VERB; see cli.py."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ sys.path[:] = [
 ]
 
 if __name__ == "__main__":
+    # Before torch comes: threads that spin while they wait starve beside the decoding processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from library.cli import main
 
     sys.exit(main())
