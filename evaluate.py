@@ -568,8 +568,7 @@ def export(encoder: nn.Module, result, clips, folder: Path, tagger: bool) -> lis
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="evaluate.py", description="Evaluate a frozen encoder.", allow_abbrev=False,
-        usage="python evaluate.py --ckpt FILE [--data NAME] [options]   (all of them: --help)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        usage="python evaluate.py --ckpt FILE [--data NAME] [options]   (all of them: --help)")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="NAME", help="prepared data, names under data/ or paths: one "
         "set (default: what the encoder was trained on)")
@@ -611,6 +610,7 @@ def main(argv=None):
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = build_parser()
+    parser.formatter_class = model.Help
     args = parser.parse_args(argv)
     for name in ("fraction", "features_from"):
         setattr(args, name, tuple(getattr(args, name)))

@@ -560,7 +560,7 @@ def _engine(part):
 
 ENGINE = {"Exported": "exports", "fold_batch_norm": "exports", "tune_allocator": "machine",
           "choose_device": "machine", "choose_amp": "machine", "autocast": "machine",
-          "versions": "machine", "code_version": "machine"}
+          "versions": "machine", "code_version": "machine", "Help": "help"}
 
 def __getattr__(name):
     """Names of this file that stand in formats/: model.choose_device, model.autocast, ..."""
@@ -594,10 +594,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="model.py", description="Print an encoder layer by layer, or export one.",
         usage="python model.py [--encoder NAME | --ckpt FILE [--out DIR]]   (--help lists all)",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=list(ENCODERS), default="samplecnn", help="which encoder to print")
-    add("--width", type=float, default=1.0, help="factor on all channels")
+    add("--encoder", choices=list(ENCODERS), default="samplecnn", help="default: samplecnn")
+    add("--width", type=float, default=1.0, help="factor on all channels (default: 1)")
     add("--ckpt", metavar="FILE", help="an encoder.pt or tagger.pt instead of a new encoder")
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="DIR", help="write encoder.ts and .pt2, or tagger.ts, here (with --ckpt)")

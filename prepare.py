@@ -515,7 +515,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare.py", description="Turn recordings into one folder under data/.",
         usage="python prepare.py --data NAME [--root DIR] [options]; all of them: --help",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False)
     data = parser.add_argument_group("data").add_argument
     data("--data", choices=sorted(DATASETS), help="which reader")
     data("--root", type=Path, help="where the recordings are")
@@ -529,12 +529,13 @@ def build_parser() -> argparse.ArgumentParser:
     data("--out", type=Path, help="the prepared folder, instead of data/NAME")
     data("--segment", type=number(0.001, 1e6), metavar="SECONDS",
          help="cut longer files into clips of one song")
-    data("--sample-rate", type=number(1000, 768_000, int), default=SAMPLE_RATE, help="Hz")
+    data("--sample-rate", type=number(1000, 768_000, int), default=SAMPLE_RATE,
+         help="Hz (default: %(default)s)")
     run = parser.add_argument_group("run").add_argument
-    run("--workers", type=number(1, 10_000, int), default=os.cpu_count(), help="decoding processes")
-    run("--max-skipped", type=number(0, 1), default=0.01, help="share of files that may be bad")
-    run("--timeout", type=number(0.001, 1e6), default=300.0, metavar="SECONDS",
-        help="give a file up after so long")
+    run("--workers", type=number(1, 10_000, int), default=os.cpu_count(),
+        help="decoding processes (default: the processor's cores, %(default)s)")
+    run("--max-skipped", type=number(0, 1), default=0.01, help="share of bad files (default: 0.01)")
+    run("--timeout", type=number(0.001, 1e6), default=300.0, help="s for a file (default: 300)")
     run("--dry-run", action="store_true", help="say how long it would take, how large it would be")
     run("--shard", metavar="I/N", help="only part I of N, into a folder of its own")
     run("--check", metavar="NAME", help="verify a prepared folder and stop")

@@ -363,8 +363,7 @@ def build_parser():
     """The parser of `Settings`."""
     parser = argparse.ArgumentParser(
         "pretrain.py", "python pretrain.py --data NAME [options]   (--help lists all)",
-        "Pre-train an encoder on unlabelled music. The defaults are the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        "Pre-train an encoder without labels; the defaults are the paper's.", allow_abbrev=False)
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -630,6 +629,7 @@ def main(argv=None) -> int:
     model = import_module("model")
     processes = import_module("training.processes")
     parser = build_parser()
+    parser.formatter_class = model.Help
     s = read_settings(parser, argv)
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)

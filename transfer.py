@@ -306,7 +306,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="transfer.py", description="Checkpoints x data sets, and pictures.",
         usage="python transfer.py --ckpt NAME=FILE ... --data NAME ... [options]   (all: --help)",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", default=[], metavar="NAME", help="prepared data sets to test on")
     add("--fraction", type=float, default=1.0, metavar="F", help="share of the training labels")
@@ -364,6 +364,7 @@ def main(argv=None):
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = build_parser()
+    parser.formatter_class = model.Help
     args = parser.parse_args(argv)
     sources = dict(pair.split("=", 1) if "=" in pair else (Path(pair).parent.name, pair)
                    for pair in args.ckpt)

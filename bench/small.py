@@ -3,7 +3,7 @@
     python bench/small.py --train game free --data moods quadrants --seconds 240     # the table
     python bench/small.py --train game free --ship 3200 --out runs/small             # encoder.pt
     python bench/small.py --train game free --renew       # beside it, on another core: new views
-    python bench/small.py --join runs/a/encoder.pt runs/b/encoder.pt --out runs/both   # side by side
+    python bench/small.py --join runs/a/encoder.pt runs/b/encoder.pt --out runs/both
 
 Where a core is all there is, the chain and the spectrogram cost as much as the network. So views of
 5.4 s are made once, by the paper's chain, and kept as log-mel spectrograms in a pool (`--pool`,

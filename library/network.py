@@ -10,7 +10,6 @@ import model
 import numpy as np
 import prepare
 import torch
-from formats.files import check_archive
 from torch.nn import functional as F
 
 from library import listen
@@ -104,7 +103,8 @@ def load_network(
 def load_program(path: Path, device) -> torch.jit.ScriptModule:
     """A TorchScript file, every byte of it verified; Stop where it is not whole."""
     try:
-        check_archive(path)
+        if files := model.load_beside("formats.files"):
+            files.check_archive(path)
         return torch.jit.load(path, map_location=device)
     except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise Stop(

@@ -73,7 +73,7 @@ def products_of(query: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     scores = torch.empty(len(query), len(unit))
     full = torch.empty(ROWS, unit.shape[1])
     threads = torch.get_num_threads()
-    # Thousands of small products: more threads gain a fourth, and on busy cores wait for each other.
+    # Thousands of small products: more threads gain a fourth, and on busy cores only wait.
     torch.set_num_threads(1)
     try:
         for start in range(0, len(unit), ROWS):
