@@ -15,7 +15,6 @@ same files. search: milliseconds of an exact search in a million songs (made-up 
 memory-mapped)."""
 
 import argparse
-import contextlib
 import os
 import resource
 import statistics
@@ -117,7 +116,7 @@ def recognition(args):
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(files), min(args.files or 200, len(files)), replace=False))
     network = load_network(args.ckpt, "levels", "cpu")
-    features = {"levels, own level": (network, False), "levels, equal loudness": (network, True)}
+    features = {"its own level": (network, False), "equal loudness": (network, True)}
     with tempfile.TemporaryDirectory() as folder:
         made = {kind: [] for kind in KINDS}
         for k in chosen:
@@ -156,7 +155,7 @@ def standardise(x):
 
 
 def windows(args):
-    files = some_of(args.root, args.files or 100)
+    files = [path for path in some_of(args.root, args.files or 100) if is_whole(path)]
     network = load_network(args.ckpt, "levels", "cpu")
     rng = np.random.default_rng(0)
     rows = []
@@ -210,6 +209,16 @@ def some_of(root, count):
         if soundfile.info(path).duration > 60
     ]
     return files[:: max(1, len(files) // count)][:count]
+
+
+def is_whole(path) -> bool:
+    """Can all of a recording be decoded?"""
+    try:
+        for _ in prepare.stream(path, RATE):
+            pass
+    except ValueError:
+        return False
+    return True
 
 
 def children():
@@ -305,9 +314,7 @@ def worker(what):
         if what == "ten":
             listen.excerpts(path, RATE, size, 10)
         elif what == "all":
-            with contextlib.suppress(ValueError):  # damaged: known at its end
-                for _ in prepare.stream(path, RATE):
-                    pass
+            is_whole(path)
 
 
 def search_times(args):

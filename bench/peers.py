@@ -168,7 +168,7 @@ def extract(peer, folder, out, every):
           f"{len(rows) / seconds:.1f} clips/s of a core")
 
 
-SOURCES = {"clmr": "no labels: 45 hours of free music", "untrained": "nothing",
+SOURCES = {"clmr": "no labels: 52 hours of free music", "untrained": "nothing",
            "mfcc": "nothing: made by hand", "bliss": "nothing: made by hand",
            "musicnn-mtt": "MagnaTagATune's labels", "musicnn-msd": "labels of 200,000 songs"}
 
@@ -177,12 +177,20 @@ def summary(folder):
     """One row a model, from the evaluations of the same features on tags and on quadrants."""
     import json
 
-    tags, quadrants = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-                       for name in ("moods", "quadrants")]
+    def pairs(names):
+        tables = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["table"]
+                  for name in names]
+        return list(zip(*tables))
+
     rows = []
-    for row, other in zip(tags["table"], quadrants["table"]):
+    measured = pairs(("moods", "quadrants"))
+    levels = pairs(f"../small/melcnn-{data}-levels" for data in ("moods", "quadrants"))
+    for row, other in [measured[0], levels[0], *measured[1:]]:
         name = row["model"].split(",")[0]
-        rows.append({"features": "**demo/encoder.pt**" if name == "clmr" else name,
+        shown = "**demo/encoder.pt**" if name == "clmr" else name
+        if "levels" in row["probe"]:
+            shown = "the same, `--features levels`"
+        rows.append({"features": shown,
                      "learnt from": SOURCES[name], "ROC-AUC": row["ROC-AUC"],
                      "PR-AUC": row["PR-AUC"], "quadrants": other["accuracy"],
                      "quadrants@10": other["labels@10"]})

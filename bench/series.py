@@ -237,8 +237,11 @@ def few_labels(args, encoders):
         if args.dry_run:
             continue
         cost = log_of(path.parent / "log.jsonl")
-        results[f"{name} on {music}"] = {**read_json(scores), "cost": cost}
-        for r in read_json(scores)["results"]:
+        found = read_json(scores)["results"]
+        kept = ("model", "fraction", "mean", "std", "interval")
+        parts = [{key: r[key] for key in kept} for r in found]
+        results[f"{name} on {music}"] = {"results": parts, "cost": cost}
+        for r in found:
             trained = r["model"] != "untrained"
             where = music if trained else "nothing"
             head = {"encoder": name, "trained on": where}

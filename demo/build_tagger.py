@@ -3,13 +3,15 @@
 
     python bench/peers.py extract --data free --peer musicnn-mtt             # the teacher's tags
     python bench/peers.py extract --data game --peer musicnn-mtt --every 4
-    python demo/build_tagger.py --data free game    # demo/tagger.pt, tagger.ts, JSON of its scores
+    python bench/peers.py extract --data styles --peer musicnn-mtt           # bench/styles.py's
+    python demo/build_tagger.py             # demo/tagger.pt, tagger.ts, JSON of its scores
 
 The teacher, musicnn (Pons & Serra, 2019, ISC licence), was trained on MagnaTagATune's labels; its
 probabilities of the 50 tags, a row a clip of freely licensed music, are the targets (soft labels,
-by binary cross-entropy), so no recording of MagnaTagATune is needed. Artists, and packages of game
-music, are split 70 : 15 : 15 by a hash of their name: training, validation (penalty, calibration,
-choice of tags), and the held-out part, which is looked at once, for the scores.
+by binary cross-entropy), so no recording of MagnaTagATune is needed. Artists, packages of game
+music, and styles of made-up music are split 70 : 15 : 15 by a hash of their name: training,
+validation (penalty, calibration, choice of tags), and the held-out part, which is looked at once,
+for the scores.
 
 A tag ships when the music holds it often enough to learn and to check: at least --least expected
 training clips (the sum of the probabilities), and a rank correlation of at least --agreement with
@@ -211,7 +213,7 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", type=Path, default=ROOT / "demo/encoder.pt", help="the encoder")
-    add("--data", nargs="+", default=["free", "game"], metavar="NAME",
+    add("--data", nargs="+", default=["free", "game", "styles"], metavar="NAME",
         help="prepared folders, labelled by artist")
     add("--features", type=Path, default=Path("build/features"), metavar="DIR",
         help="of bench/peers.py")
