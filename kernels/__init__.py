@@ -6,6 +6,7 @@ compare every pass with the plain way. Without this folder the numbers are the s
 layers and operations, slower, which is said once.
 
     cpu.py      a block's training pass on a CPU (model.Block)
+    norm.py     batch norm over processes on a CPU, for other blocks
     gpu.py      the same on a GPU, as Triton kernels (model.Block)
     filters.py  second-order filters and rooms (augment.low_pass, high_pass, reverb)
     splice.py   the pitch shift's segments found, read and laid together (augment.pitch_shift)
@@ -31,7 +32,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import cpu
+from . import cpu, norm
 
 
 def training_pass(block: nn.Sequential, x: torch.Tensor):
@@ -47,16 +48,30 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
     stem = is_stem(block[0])
     passes = passes_for(block, x) if stem or fits(block, x) else None
     if passes is None:
-        return None
-    conv, norm = block[:2]
+        return through_layers(block) if x.device.type == "cpu" else None
+    conv, bn = block[:2]
     step = passes.StemStep if stem else passes.BlockStep
-    parameters = (conv.weight, conv.bias, norm.weight, norm.bias)
+    parameters = (conv.weight, conv.bias, bn.weight, bn.bias)
 
     def run(x):
         if not x.is_cuda:
             return step.apply(x, *parameters, block)
         with torch.cuda.device(x.device):  # Triton launches on the current one
             return step.apply(x, *parameters, block)
+
+    return run
+
+
+def through_layers(block):
+    """The block's layers one by one, a norm over processes by norm.py; None where it has none."""
+    bn = block[1]
+    if isinstance(bn, nn.SyncBatchNorm) or not (bn.training and cpu.over_processes(bn)):
+        return None
+
+    def run(x):
+        for layer in block:
+            x = norm.NormStep.apply(x, bn.weight, bn.bias, bn) if layer is bn else layer(x)
+        return x
 
     return run
 
@@ -76,15 +91,15 @@ def fits(block, x):
 
 def passes_for(block, x):
     """gpu or cpu, whose passes are taken (those of cpu.py work on any device), or None."""
-    norm = block[1]
-    of_torch = isinstance(norm, nn.SyncBatchNorm)  # its statistics are torch's affair
-    if not norm.training:
+    bn = block[1]
+    of_torch = isinstance(bn, nn.SyncBatchNorm)  # its statistics are torch's affair
+    if not bn.training:
         return None  # frozen, as when fine-tuning with the batch norms in eval mode
     if block.recompute:
         return cpu
-    if x.is_cuda and not of_torch and norm.weight.dtype == torch.float32 and not audio_gradient(x):
+    if x.is_cuda and not of_torch and bn.weight.dtype == torch.float32 and not audio_gradient(x):
         return gpu_passes()
-    over_processes = cpu.over_processes(norm) and not of_torch
+    over_processes = cpu.over_processes(bn) and not of_torch
     full_precision = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     # in bfloat16 torch's layers are as fast
     return cpu if over_processes or full_precision else None

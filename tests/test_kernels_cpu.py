@@ -192,19 +192,25 @@ def test_without_kernels_the_same_numbers_come_from_the_layers_and_it_is_said_on
     assert torch.allclose(encoder(audio), slow, rtol=1e-3, atol=1e-4)
 
 
-def two_blocks():
+SHAPES = {"samplecnn": (4, 1, 1, 243), "melcnn": (4, 1, 12, 20)}  # of a batch for two blocks
+
+
+def two_blocks(kind):
     """Their weights far from the initial ones, in float64."""
     torch.manual_seed(0)
     blocks = nn.Sequential(
         model.SampleCNN._block(1, 6, stride=3), model.SampleCNN._block(6, 8, pool=True)
-    ).double()
+    )
+    if kind == "melcnn":
+        blocks = model.MelCNN().blocks[:2]
+    blocks = blocks.double()
     with torch.no_grad():
         for p in blocks.parameters():
             p.normal_()
     return blocks.train()
 
 
-def process(rank, port, folder, alone):
+def process(rank, port, folder, kind, alone):
     """Half of the batch, with statistics over both processes; `alone`: without kernels/."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -212,7 +218,7 @@ def process(rank, port, folder, alone):
     if alone:
         sys.modules["kernels"] = None
         warnings.simplefilter("ignore")
-    blocks = model.synchronise(two_blocks(), "cpu")
+    blocks = model.synchronise(two_blocks(kind), "cpu")
     x, grad = (part[2 * rank : 2 * rank + 2].clone() for part in torch.load(folder / "given.pt"))
     y = blocks(x.requires_grad_())
     y.backward(grad)
@@ -222,17 +228,18 @@ def process(rank, port, folder, alone):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", list(SHAPES))
 @pytest.mark.parametrize("alone", [False, True], ids=["kernels", "model.py alone"])
-def test_two_processes_take_the_step_of_one(tmp_path, alone):
+def test_two_processes_take_the_step_of_one(tmp_path, kind, alone):
     """Outputs, gradients (of the weights summed up, as DDP does) and statistics, in float64."""
-    blocks = two_blocks()
+    blocks = two_blocks(kind)
     layers = nn.Sequential(*[nn.Sequential(*block) for block in copy.deepcopy(blocks)])
-    x = torch.randn(4, 1, 1, 243, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(SHAPES[kind], dtype=torch.float64, requires_grad=True)
     y = layers(x)
     grad = torch.randn_like(y)
     y.backward(grad)
     torch.save((x.detach(), grad), tmp_path / "given.pt")
-    mp.spawn(process, (free_port(), tmp_path, alone), nprocs=2)
+    mp.spawn(process, (free_port(), tmp_path, kind, alone), nprocs=2)
     y_0, of_x_0, gradients_0, state_0 = torch.load(tmp_path / "0.pt")
     y_1, of_x_1, gradients_1, state_1 = torch.load(tmp_path / "1.pt")
     assert distance(torch.cat([y_0, y_1]), y) < 1e-12
