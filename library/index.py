@@ -182,8 +182,9 @@ class Embedding:
                 )
             done.append((path, heard, rows))
         if done:
-            # one product of all: (D, D) numbers are too many to go through for every song
-            apart = np.concatenate([rows - rows.mean(0) for _, _, rows in done])
+            # One product of all: (D, D) numbers are too many to go through for every song. In
+            # float64, for the order in which songs come must not decide between two copies.
+            apart = np.concatenate([rows - rows.mean(0) for _, _, rows in done], dtype=np.float64)
             self.products += apart.T @ apart
             self.count += len(apart)
         self.heard.clear()

@@ -434,7 +434,12 @@ def test_shards_hold_every_song_once_and_open_as_one(capsys, home, encoder):
     seed = home / "music/artist 1/song 5.flac"
     one = as_json(capsys, "similar", seed, "--library", home / "library.clmr")
     three = as_json(capsys, "similar", seed, "--library", *stores)
-    assert [a["path"] for a in one["songs"]] == [b["path"] for b in three["songs"]]
+    # Of a recording in two files, whose scores differ by rounding alone, either may stand there.
+    paths = [
+        [song["path"].replace("copy of 1.flac", "artist 1/song 1.flac") for song in found["songs"]]
+        for found in (one, three)
+    ]
+    assert paths[0] == paths[1]
     assert np.allclose(
         [a["score"] for a in one["songs"]], [b["score"] for b in three["songs"]], atol=0.02
     )
