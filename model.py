@@ -596,7 +596,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python model.py [--encoder NAME | --ckpt FILE [--out DIR]]   (--help lists all)",
         allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=list(ENCODERS), default="samplecnn", help="default: samplecnn")
+    add("--encoder", choices=list(ENCODERS), default="samplecnn", help="shown (default: samplecnn)")
     add("--width", type=float, default=1.0, help="factor on all channels (default: 1)")
     add("--ckpt", metavar="FILE", help="an encoder.pt or tagger.pt instead of a new encoder")
     add = parser.add_argument_group("run").add_argument

@@ -35,7 +35,7 @@ class NormStep(torch.autograd.Function):
         mean = moments[0]
         var = (moments[1] - mean.square()).clamp_min(0)
         rows = x.numel() // x.shape[1]
-        cpu.note_statistics(norm, mean, var, torch.tensor(float(rows * world)))
+        cpu.note_statistics(norm, mean, var, torch.tensor(rows * world, dtype=torch.float64))
         mean = mean.to(weight)
         var = var.to(weight)
         ctx.save_for_backward(x, weight, mean, (var + norm.eps).rsqrt())
