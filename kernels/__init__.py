@@ -7,11 +7,12 @@ layers and operations, slower, which is said once.
 
     cpu.py      a block's training pass on a CPU (model.Block)
     norm.py     batch norm over processes on a CPU, for other blocks
+    pooled.py   batch norm, max-pool 2 and ReLU on a CPU (model.MelCNN's blocks), by block.c
     gpu.py      the same on a GPU, as Triton kernels (model.Block)
     filters.py  second-order filters and rooms (augment.low_pass, high_pass, reverb)
     splice.py   the pitch shift's segments found, read and laid together (augment.pitch_shift)
     splice_gpu.py   its search for them as one Triton kernel
-    compiled.py the loops of both in C (chain.c), where there is a compiler
+    compiled.py their loops in C (chain.c, block.c), where there is a compiler
     graph.py    a training step as one CUDA graph (pretrain)
 
 What the blocks' passes gain, here: SampleCNN's step without the chain, one core of an AMD EPYC with
@@ -32,7 +33,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import cpu, norm
+from . import cpu, norm, pooled
 
 
 def training_pass(block: nn.Sequential, x: torch.Tensor):
@@ -63,14 +64,21 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
 
 
 def through_layers(block):
-    """The block's layers one by one, a norm over processes by norm.py; None where it has none."""
+    """The block's layers one by one, but what pooled.py and norm.py (over processes) do faster."""
     bn = block[1]
-    if isinstance(bn, nn.SyncBatchNorm) or not (bn.training and cpu.over_processes(bn)):
+    if isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return None
 
     def run(x):
-        for layer in block:
-            x = norm.NormStep.apply(x, bn.weight, bn.bias, bn) if layer is bn else layer(x)
+        x = block[0](x)
+        if pooled.fits(block, x):
+            return pooled.PoolStep.apply(x, bn.weight, bn.bias, bn)
+        if not cpu.over_processes(bn):
+            x = bn(x)
+        else:
+            x = norm.NormStep.apply(x, bn.weight, bn.bias, bn)
+        for layer in block[2:]:
+            x = layer(x)
         return x
 
     return run

@@ -1,13 +1,14 @@
-"""chain.c, compiled once for this CPU by the C compiler that is there, and called through ctypes.
+"""chain.c and block.c, compiled once for this CPU by the C compiler that is there, for ctypes.
 
-What it computes: the loops of splice.overlap_add, filters.freeverb and filters.recurse, for float32
-on a CPU, to rounding. Why it is faster: torch takes each of them in dozens of operations, which go
-through memory one after the other; here what is read once is finished in registers. By how much:
-on one core of an AMD EPYC with AVX-512 a filter takes 0.4 of its time, the pitch shift and the
-reverb, half of which are FFTs, 0.5, the chain 0.5 (results/speed/chain.json). The plain ways are
-those of splice.py and filters.py, taken where there is no compiler, which is said once.
+What they compute: chain.c the loops of splice.overlap_add, filters.freeverb and filters.recurse,
+block.c those of pooled.py, to rounding. Why it is faster: torch takes each of them in dozens of
+operations, which go through memory one after the other; here what is read once is finished in
+registers. By how much: on one core of an AMD EPYC with AVX-512 a filter takes 0.4 of its time, the
+pitch shift and the reverb, half of which are FFTs, 0.5, the chain 0.5 (results/speed/chain.json);
+block.c: kernels/__init__.py. The plain ways are torch's, in splice.py, filters.py and the layers,
+taken where there is no compiler, which is said once.
 
-The compiled file is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache), under a name
+A compiled file is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache), under a name
 made of the source, the compiler and the CPU.
 """
 
@@ -26,7 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("chain.c")
+SLOWER = {  # without each of the sources
+    "chain.c": "augmentation takes twice its time",
+    "block.c": "melcnn trains at two thirds of the pairs a second",
+}
 TILE = 7 * 16               # lags that it takes at once
 TAPS = 32                   # of the interpolator, and of the one for the search
 SHORT_TAPS = 12
@@ -64,16 +68,17 @@ def cache_folder() -> Path:
         return folder
 
 
-def build(compiler: str) -> Path:
-    """The path of the compiled file, made if it is not there."""
+def build(compiler: str, name: str = "chain.c") -> Path:
+    """The path of a source of this folder compiled, made if it is not there."""
+    source = Path(__file__).with_name(name)
     command = [compiler, *FLAGS]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    named = SOURCE.read_bytes() + version + cpu().encode() + " ".join(command).encode()
-    path = cache_folder() / f"chain-{hashlib.sha256(named).hexdigest()[:16]}.so"
+    named = source.read_bytes() + version + cpu().encode() + " ".join(command).encode()
+    path = cache_folder() / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "chain.so"
-            command += ["-o", str(made), str(SOURCE), "-lm"]
+            made = Path(folder) / "made.so"
+            command += ["-o", str(made), str(source), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             with open(made, "rb") as file:
                 os.fsync(file.fileno())
@@ -81,23 +86,23 @@ def build(compiler: str) -> Path:
     return path
 
 
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The functions of chain.c; None, which is said once, where they cannot be had."""
+@lru_cache
+def library(name: str = "chain.c") -> ctypes.CDLL | None:
+    """The functions of a source; None, which is said once, where they cannot be had."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     try:
         if not compiler:
             raise OSError("there is no C compiler")
-        path = build(compiler)
+        path = build(compiler, name)
         try:
             return ctypes.CDLL(str(path))
         except OSError:                         # damaged: once more
             path.unlink()
-            return ctypes.CDLL(str(build(compiler)))
+            return ctypes.CDLL(str(build(compiler, name)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip().splitlines() or ["?"])[0]
-        warnings.warn("augmentation takes twice its time, by the same numbers: kernels/chain.c "
-                      f"cannot be compiled ({reason})", stacklevel=2)
+        warnings.warn(f"{SLOWER[name]}, by the same numbers: kernels/{name} cannot be compiled "
+                      f"({reason})", stacklevel=2)
         return None
 
 

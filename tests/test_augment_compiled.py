@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_without_a_compiler_torch_is_taken_and_it_is_said(monkeypatch, compiler)
 def test_where_there_is_no_home_to_keep_it_the_chain_works(tmp_path):
     code = "import augment, torch; augment.low_pass(torch.zeros(1, 1, 9), torch.ones(1) * 99, 8000)"
     environment = {"PATH": compiled.os.environ["PATH"], "HOME": "/proc/nowhere"}
-    root = str(compiled.SOURCE.parent.parent)
+    root = str(Path(compiled.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

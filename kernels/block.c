@@ -1,0 +1,176 @@
+/* Batch norm, max-pool 2 x 2 and ReLU of a convolution's output, forward and backward, for
+   pooled.py. Images are channels-last: (rows, height, width, channels), channels a multiple of 16;
+   numbers are float, or bfloat16 as uint16_t, and float in registers. Included twice by itself, once
+   for each type. Sums go over a line in float, then on in double. */
+
+#ifndef NUMBER
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef uint8_t b16 __attribute__((vector_size(16)));
+
+typedef struct {
+    int64_t rows, height, width, channels;
+} Size;
+
+enum { SHUT = 4 };                       /* in place of a window's maximum: ReLU let nothing through */
+
+static inline v16 load_float(const float *p) { v16 v; memcpy(&v, p, 64); return v; }
+static inline void store_float(float *p, v16 v) { memcpy(p, &v, 64); }
+static inline v16 load_bfloat16(const uint16_t *p)
+{
+    h16 half;
+    memcpy(&half, p, 32);
+    return (v16)(__builtin_convertvector(half, u16) << 16);
+}
+static inline void store_bfloat16(uint16_t *p, v16 v)
+{
+    u16 bits = (u16)v;
+    bits += 0x7fff + ((bits >> 16) & 1);            /* to the nearest, ties to even */
+    h16 half = __builtin_convertvector(bits >> 16, h16);
+    memcpy(p, &half, 32);
+}
+static inline v16 choose(i16 yes, v16 a, v16 b)
+{
+    return (v16)(((i16)a & yes) | ((i16)b & ~yes));
+}
+
+#define JOIN(name, type) name##_##type
+#define NAMED(name, type) JOIN(name, type)
+#define NUMBER float
+#define KIND float
+#include "block.c"
+#undef NUMBER
+#undef KIND
+#define NUMBER uint16_t
+#define KIND bfloat16
+#include "block.c"
+
+#else
+
+#define LOAD NAMED(load, KIND)
+#define STORE NAMED(store, KIND)
+
+/* sums (2, C) of x and of x^2 */
+void NAMED(moments, KIND)(const NUMBER *x, const Size *s, double *sums)
+{
+    const int64_t C = s->channels, lines = s->rows * s->height;
+    memset(sums, 0, 2 * C * sizeof(double));
+    for (int64_t line = 0; line < lines; line++) {
+        const NUMBER *p = x + line * s->width * C;
+        for (int64_t c = 0; c < C; c += 16) {
+            v16 sum[2] = {{0}}, square[2] = {{0}};  /* two: an addition waits for the last */
+            for (int64_t w = 0; w < s->width; w++) {
+                v16 v = LOAD(p + w * C + c);
+                sum[w % 2] += v;
+                square[w % 2] += v * v;
+            }
+            for (int k = 0; k < 16; k++) {
+                sums[c + k] += sum[0][k] + sum[1][k];
+                sums[C + c + k] += square[0][k] + square[1][k];
+            }
+        }
+    }
+}
+
+/* out = ReLU(max-pool(scale x + shift)), (rows, height / 2, width / 2, C); best: x at each maximum,
+   which: its place of four, or SHUT */
+void NAMED(pool, KIND)(const NUMBER *x, const Size *s, const float *scale, const float *shift,
+                       NUMBER *out, NUMBER *best, uint8_t *which)
+{
+    const int64_t C = s->channels, line = s->width * C;
+    const int64_t high = s->height / 2, wide = s->width / 2;
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t h = 0; h < high; h++) {
+            const NUMBER *p = x + (r * s->height + 2 * h) * line;
+            const int64_t at = (r * high + h) * wide * C;
+            for (int64_t c = 0; c < C; c += 16) {
+                const v16 a = load_float(scale + c), b = load_float(shift + c);
+                const i16 falls = a < 0;            /* there a minimum becomes the maximum */
+                for (int64_t w = 0; w < wide; w++) {
+                    const NUMBER *q = p + 2 * w * C + c;
+                    const v16 four[4] = {LOAD(q), LOAD(q + C), LOAD(q + line), LOAD(q + line + C)};
+                    v16 top = four[0];
+                    i16 place = {0};
+                    for (int k = 1; k < 4; k++) {
+                        i16 more = (falls & (four[k] < top)) | (~falls & (four[k] > top));
+                        top = choose(more, four[k], top);
+                        place = (place & ~more) | (k & more);
+                    }
+                    v16 y = a * top + b;
+                    i16 shut = y <= 0;              /* not so of a NaN, which goes through */
+                    place = (place & ~shut) | (SHUT & shut);
+                    STORE(out + at + w * C + c, choose(shut, (v16){0}, y));
+                    STORE(best + at + w * C + c, top);
+                    b16 small = __builtin_convertvector(place, b16);
+                    memcpy(which + at + w * C + c, &small, 16);
+                }
+            }
+        }
+}
+
+/* sums (2, C) of the gradient that ReLU lets through, and of it times x at the maxima */
+void NAMED(gradient_sums, KIND)(const NUMBER *grad, const NUMBER *best, const uint8_t *which,
+                                const Size *s, double *sums)
+{
+    const int64_t C = s->channels, wide = s->width / 2, lines = s->rows * (s->height / 2);
+    memset(sums, 0, 2 * C * sizeof(double));
+    for (int64_t line = 0; line < lines; line++)
+        for (int64_t c = 0; c < C; c += 16) {
+            v16 sum = {0}, product = {0};
+            for (int64_t w = 0; w < wide; w++) {
+                const int64_t at = (line * wide + w) * C + c;
+                b16 place;
+                memcpy(&place, which + at, 16);
+                i16 open = __builtin_convertvector(place, i16) != SHUT;
+                v16 g = choose(open, LOAD(grad + at), (v16){0});
+                sum += g;
+                product += g * LOAD(best + at);
+            }
+            for (int k = 0; k < 16; k++) {
+                sums[c + k] += sum[k];
+                sums[C + c + k] += product[k];
+            }
+        }
+}
+
+/* of_x = offset + slope x, and scale times the gradient at each maximum */
+void NAMED(spread, KIND)(const NUMBER *grad, const NUMBER *x, const uint8_t *which, const Size *s,
+                         const float *scale, const float *slope, const float *offset, NUMBER *of_x)
+{
+    const int64_t C = s->channels, line = s->width * C;
+    const int64_t high = s->height / 2, wide = s->width / 2;
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t h = 0; h < s->height; h++)
+            for (int64_t c = 0; c < C; c += 16) {
+                const int64_t from = (r * s->height + h) * line + c;
+                const int64_t pooled = ((r * high + h / 2) * wide) * C + c;
+                const v16 a = load_float(scale + c);
+                const v16 k1 = load_float(slope + c), k0 = load_float(offset + c);
+                const int64_t in_windows = h / 2 < high ? 2 * wide : 0;
+                for (int64_t w = 0; w < in_windows; w += 2) {
+                    b16 place;
+                    memcpy(&place, which + pooled + w / 2 * C, 16);
+                    const i16 chosen = __builtin_convertvector(place, i16);
+                    const v16 g = a * LOAD(grad + pooled + w / 2 * C);
+                    for (int k = 0; k < 2; k++) {
+                        const int64_t at = from + (w + k) * C;
+                        const i16 here = chosen == (int32_t)(2 * (h % 2) + k);
+                        STORE(of_x + at, k0 + k1 * LOAD(x + at) + choose(here, g, (v16){0}));
+                    }
+                }
+                for (int64_t w = in_windows; w < s->width; w++)
+                    STORE(of_x + from + w * C, k0 + k1 * LOAD(x + from + w * C));
+            }
+}
+
+#undef LOAD
+#undef STORE
+
+#endif

@@ -1,0 +1,118 @@
+"""Batch norm, max-pool 2 x 2 and ReLU of model.MelCNN's blocks on a CPU: the same numbers.
+
+What it computes. All of a block in training but its convolution, forward and backward, with the
+batch's statistics or those of all processes (section 3.2), by block.c.
+
+Why it is faster. A first block of few channels is 45 MB in bfloat16 for 96 pairs, four times what
+is left after its pool. torch's layers pass over it a dozen times, and are slow where the channels,
+innermost, fill no vector. Here it is read twice going forward: for the statistics; then for each
+window's maximum, taken before the norm (where its weight is negative, the minimum), so that a
+quarter is left to normalise. Going backward it is read and written once: the gradient is affine in
+x, and at each maximum there is the incoming gradient more. Of the layers' outputs, x, the maxima
+and their places are kept.
+
+The plain way: the layers themselves, with which tests/test_kernels_cpu.py compares.
+By how much it is faster: kernels/__init__.py.
+"""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from . import compiled, cpu
+
+KINDS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+class Size(ctypes.Structure):
+    """As in block.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "height", "width", "channels")]
+
+
+def fits(block: nn.Sequential, x: Tensor) -> bool:
+    """Can block.c go on from x (B, C, H, T), what the convolution of such a block gives?"""
+    if len(block) != 4 or x.device.type != "cpu" or x.shape[1] % 16:
+        return False
+    if torch.compiler.is_compiling():
+        return False  # torch.compile makes passes of its own from the layers
+    known = x.dtype in KINDS and block[1].weight.dtype == torch.float32
+    return known and block[2].kernel_size == 2 and compiled.library("block.c") is not None
+
+
+class PoolStep(torch.autograd.Function):
+    """x (B, C, H, T) of a convolution, weight and bias (C,), the norm -> (B, C, H / 2, T / 2)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm) -> Tensor:
+        everywhere = cpu.over_processes(norm)
+        x = x.contiguous(memory_format=torch.channels_last)
+        sums = call("moments", (x,), x)
+        ones = torch.full_like(sums[:1], x.numel() / x.shape[1])
+        count, first, second = cpu.summed(torch.cat([ones, sums]), everywhere)
+        mean = first / count
+        var = (second / count - mean.square()).clamp_min(0)
+        cpu.note_statistics(norm, mean, var, count)
+        inverse = (var + norm.eps).rsqrt()
+        scale = weight * inverse.to(weight)
+        shift = bias - (mean * inverse * weight).to(bias)
+        rows, channels, height, width = x.shape
+        out = torch.empty(rows, channels, height // 2, width // 2, dtype=x.dtype,
+                          memory_format=torch.channels_last)
+        best = torch.empty_like(out)
+        which = torch.empty_like(out, dtype=torch.uint8)
+        call("pool", (x,), x, (scale, shift, out, best, which))
+        ctx.save_for_backward(x, best, which, scale, mean, inverse, count)
+        ctx.everywhere = everywhere
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, best, which, scale, mean, inverse, count = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        total, product = call("gradient_sums", (grad, best, which), x)
+        along = (product - mean * total) * inverse  # the sum of the gradient times normalised x
+        means = cpu.summed(torch.stack([total, along]), ctx.everywhere) / count
+        slope = -scale * inverse * means[1]
+        offset = -scale * means[0] - slope * mean
+        of_x = torch.empty_like(x)
+        call("spread", (grad, x, which), x, (scale, slope.float(), offset.float(), of_x))
+        return of_x, along.float(), total.float(), None
+
+
+def call(name: str, ahead, x: Tensor, after=()) -> Tensor:
+    """block.c's function on all rows, some of them on each of torch's threads.
+
+    Args: ahead, after: its tensors before and after the size, which is x's; those of more than one
+        axis are cut by rows. Returns: the sums (2, C) float64 of a function with none after."""
+    function = getattr(compiled.library("block.c"), f"{name}_{KINDS[x.dtype]}")
+    parts = min(torch.get_num_threads(), len(x))
+    edges = [len(x) * k // parts for k in range(parts + 1)]
+    sums = torch.empty(parts, 2, x.shape[1], dtype=torch.float64)
+
+    def run(k):
+        rows = slice(edges[k], edges[k + 1])
+        size = Size(edges[k + 1] - edges[k], *x.shape[2:], x.shape[1])
+        before, behind = (
+            [pointer(t[rows] if t.dim() > 1 else t) for t in tensors] for tensors in (ahead, after)
+        )
+        function(*before, ctypes.byref(size), *(behind or [pointer(sums[k])]))
+
+    if parts == 1:
+        run(0)
+    else:
+        list(threads(parts).map(run, range(parts)))
+    return sums.sum(0)
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Of a tensor that lies in one piece, which the caller holds until the function returns."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@lru_cache(maxsize=1)
+def threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count)
