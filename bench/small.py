@@ -79,6 +79,8 @@ class Pool:
         usable = np.flatnonzero(clips.length >= self.n)
         songs = np.unique(clips.group[usable])
         self.songs = [usable[clips.group[usable] == song] for song in songs]
+        first = np.cumsum([0] + [len(prepare.Clips(folder)) for folder in folders])
+        self.folder = [np.searchsorted(first, song[0], "right") - 1 for song in self.songs]
         frames = (self.n - self.encoder.window) // self.encoder.hop + 1
         shape = (len(songs), views, self.encoder.scales.num_features, frames)
         if path.exists():
@@ -179,17 +181,19 @@ def ship_joined(paths, out: Path):
 
 
 def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,
-          frames=FRAMES, batch=BATCH, seed=0, renewed=False, **sizes):
+          frames=FRAMES, batch=BATCH, seed=0, renewed=False, weights=None, **sizes):
     """Train for `seconds` of a core; returns the network and the pairs it saw.
 
     With `out` a checkpoint is kept there, from which the same call goes on. Without `renewed` the
-    making of views counts as well."""
+    making of views counts as well. `weights`: how likely a song of each of the pool's folders is
+    to be in a batch; by default all songs come in turn."""
     torch.manual_seed(seed)
     network = Network(**sizes)
     projector = model.Projector(network.out_dim)
     learner = nn.ModuleList([network, projector])
     adam = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True)
     step, used, order = 0, 0.0, []
+    likely = torch.tensor([weights[k] for k in pool.folder]) if weights else None
     saved = pretrain.load_checkpoint(out / "checkpoint.pt") if out else None
     if saved:
         learner.load_state_dict(saved["learner"])
@@ -199,9 +203,12 @@ def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temper
     making = 0 if renewed else 2 * batch * CHAIN_S * frames / FRAMES / USES
     last, losses = time.process_time(), []
     while used < seconds:
-        if len(order) < batch:
-            order = torch.randperm(len(pool.songs), generator=generator).tolist()
-        songs, order = order[:batch], order[batch:]
+        if weights:
+            songs = torch.multinomial(likely, batch, generator=generator).tolist()
+        else:
+            if len(order) < batch:
+                order = torch.randperm(len(pool.songs), generator=generator).tolist()
+            songs, order = order[:batch], order[batch:]
         x = pool.pairs(songs, frames, generator)
         x = mix(x, share, generator) if share else x
         x = mask(x, masked, generator) if masked else x
@@ -314,6 +321,7 @@ def build_parser():
     parser.add_argument("--join", nargs="+", type=Path, help="encoders of one size, as branches")
     parser.add_argument("--seed", type=int, default=0, help="with --ship")
     parser.add_argument("--mask", type=float, default=0.0, help="with --ship: share of the bands")
+    parser.add_argument("--weights", type=float, nargs="+", help="with --ship: of each folder's songs")
     parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
     parser.add_argument("--pool", type=Path, default=Path("data/views.npy"), help="the views' file")
     parser.add_argument("--views", type=int, default=48, help="of each song in the pool")
@@ -326,6 +334,8 @@ def main():
     args = parser.parse_args()
     if bool(args.train) == bool(args.join):
         parser.error("type --train and music to learn from, or --join and encoders")
+    if args.weights and len(args.weights) != len(args.train):
+        parser.error("type as many --weights as folders after --train")
     if args.join:
         return ship_joined(args.join, args.out)
     model.tune_allocator()
@@ -336,7 +346,8 @@ def main():
     elif args.ship:
         args.out.mkdir(parents=True, exist_ok=True)
         shipped = {"share": 0.3, "channels": SHIPPED, "renewed": True}
-        train(pool, args.ship, out=args.out, masked=args.mask, seed=args.seed, **shipped)
+        shipped |= {"masked": args.mask, "weights": args.weights}
+        train(pool, args.ship, out=args.out, seed=args.seed, **shipped)
     else:
         compare(args, pool)
 

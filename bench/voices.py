@@ -290,15 +290,18 @@ def rms(x):
 
 
 # ----------------------------------------------------------------------------------------- songs
-def excerpt(chance, clips) -> np.ndarray:
-    """SECONDS of a song, any song as likely as another; a shorter one is repeated."""
+def draw_music(chance, clips) -> int:
+    """A clip of at least 20 s, any song as likely as another."""
     usable = np.flatnonzero(clips.length >= 20 * RATE)
     songs = np.unique(clips.group[usable])
-    clip = chance.choice(usable[clips.group[usable] == chance.choice(songs)])
-    x = clips.waveform(clip).numpy().reshape(-1).astype(np.float64)
+    return chance.choice(usable[clips.group[usable] == chance.choice(songs)])
+
+
+def excerpt(chance, x) -> np.ndarray:
+    """SECONDS of x (samples,); what is shorter is repeated."""
     n = SECONDS * RATE
     start = chance.integers(max(len(x) - n, 0) + 1)
-    x = x[start : start + n]
+    x = x[start : start + n].astype(np.float64)
     return np.tile(x, -(-n // len(x)))[:n]
 
 
@@ -322,19 +325,22 @@ def main():
     singers = [Singer(files, chance) for files in people.values()]
     folders = [prepare.Clips(prepare.find(name)) for name in args.over]
     args.out.mkdir(parents=True, exist_ok=True)
+    rows = ["file,label,over\n"]
     for k in range(args.songs):
         file = args.out / f"sung-{args.seed}-{k:04d}.ogg"
+        chance = np.random.default_rng([args.seed, k])
+        clips = folders[k % len(folders)]
+        clip = draw_music(chance, clips)
+        over = f"{clips.name}/{clips.id[clip]}".replace(",", " ")
+        rows.append(f"{file.name},sung,{over}\n")
         if file.exists():
             continue
-        chance = np.random.default_rng([args.seed, k])
-        music = excerpt(chance, folders[k % len(folders)])
+        music = excerpt(chance, clips.waveform(clip).numpy().reshape(-1))
         partial = file.with_suffix(".partial")  # until it is whole
         soundfile.write(partial, perform(chance, singers, music), RATE, "VORBIS", format="OGG")
         partial.rename(file)
-    names = sorted(path.name for path in args.out.glob("*.ogg"))
-    rows = [f"{name},sung\n" for name in names]
-    (args.out / "voices.csv").write_text("file,label\n" + "".join(rows), encoding="utf-8")
-    print(f"{len(names)} songs by {len(people)} speakers in {args.out}, listed in voices.csv")
+    (args.out / "voices.csv").write_text("".join(rows), encoding="utf-8")
+    print(f"{args.songs} songs by {len(people)} speakers in {args.out}, listed in voices.csv")
 
 
 if __name__ == "__main__":

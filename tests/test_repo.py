@@ -1,6 +1,7 @@
 """The house: the one-way order of imports, files that work alone, doctests, help, constants."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -192,6 +193,27 @@ def test_help_shows_every_default(name, run):
     assert "default:" in help_
     assert "None)" not in help_  # a default that says nothing
     assert not re.search(r"default: [^)]*\)\s*\(default", help_)  # nor one that is said twice
+
+
+# ------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("name", ["pretrain.py", "evaluate.py", "transfer.py", "library"])
+def test_threads_that_wait_sleep(name, tmp_path):
+    """Spinning, they starve beside other programs; what the user has set is left."""
+    at_exit = "import atexit, os\natexit.register(lambda: print(os.environ['OMP_WAIT_POLICY']))\n"
+    (tmp_path / "sitecustomize.py").write_text(at_exit)
+    environment = {key: v for key, v in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, name, "--help"],
+            cwd=ROOT,
+            env=environment | given,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines()[-1] == expected
 
 
 # ------------------------------------------------------------------------------- what stands where
