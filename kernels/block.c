@@ -1,7 +1,7 @@
 /* Batch norm, max-pool 2 x 2 and ReLU of a convolution's output, forward and backward, for
-   pooled.py. Images are channels-last: (rows, height, width, channels), channels a multiple of 16;
-   numbers are float, or bfloat16 as uint16_t, and float in registers. Included twice by itself, once
-   for each type. Sums go over a line in float, then on in double. */
+   pooled.py. Images are channels-last: (rows, height, width, channels), channels a multiple of
+   LANES; numbers are float, or bfloat16 as uint16_t, and float in registers. Included twice by
+   itself, once for each type. Sums go over a line in float, then on in double. */
 
 #ifndef NUMBER
 
@@ -9,11 +9,14 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
-typedef uint8_t b16 __attribute__((vector_size(16)));
+#ifndef LANES
+#define LANES 16
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 typedef struct {
     int64_t rows, height, width, channels;
@@ -21,24 +24,24 @@ typedef struct {
 
 enum { SHUT = 4 };                       /* in place of a window's maximum: ReLU let nothing through */
 
-static inline v16 load_float(const float *p) { v16 v; memcpy(&v, p, 64); return v; }
-static inline void store_float(float *p, v16 v) { memcpy(p, &v, 64); }
-static inline v16 load_bfloat16(const uint16_t *p)
+static inline floats load_float(const float *p) { floats v; memcpy(&v, p, sizeof v); return v; }
+static inline void store_float(float *p, floats v) { memcpy(p, &v, sizeof v); }
+static inline floats load_bfloat16(const uint16_t *p)
 {
-    h16 half;
-    memcpy(&half, p, 32);
-    return (v16)(__builtin_convertvector(half, u16) << 16);
+    halves half;
+    memcpy(&half, p, sizeof half);
+    return (floats)(__builtin_convertvector(half, bits) << 16);
 }
-static inline void store_bfloat16(uint16_t *p, v16 v)
+static inline void store_bfloat16(uint16_t *p, floats v)
 {
-    u16 bits = (u16)v;
-    bits += 0x7fff + ((bits >> 16) & 1);            /* to the nearest, ties to even */
-    h16 half = __builtin_convertvector(bits >> 16, h16);
-    memcpy(p, &half, 32);
+    bits b = (bits)v;
+    b += 0x7fff + ((b >> 16) & 1);                  /* to the nearest, ties to even */
+    halves half = __builtin_convertvector(b >> 16, halves);
+    memcpy(p, &half, sizeof half);
 }
-static inline v16 choose(i16 yes, v16 a, v16 b)
+static inline floats choose(ints yes, floats a, floats b)
 {
-    return (v16)(((i16)a & yes) | ((i16)b & ~yes));
+    return (floats)(((ints)a & yes) | ((ints)b & ~yes));
 }
 
 #define JOIN(name, type) name##_##type
@@ -64,14 +67,14 @@ void NAMED(moments, KIND)(const NUMBER *x, const Size *s, double *sums)
     memset(sums, 0, 2 * C * sizeof(double));
     for (int64_t line = 0; line < lines; line++) {
         const NUMBER *p = x + line * s->width * C;
-        for (int64_t c = 0; c < C; c += 16) {
-            v16 sum[2] = {{0}}, square[2] = {{0}};  /* two: an addition waits for the last */
+        for (int64_t c = 0; c < C; c += LANES) {
+            floats sum[2] = {{0}}, square[2] = {{0}};  /* two: an addition waits for the last */
             for (int64_t w = 0; w < s->width; w++) {
-                v16 v = LOAD(p + w * C + c);
+                floats v = LOAD(p + w * C + c);
                 sum[w % 2] += v;
                 square[w % 2] += v * v;
             }
-            for (int k = 0; k < 16; k++) {
+            for (int k = 0; k < LANES; k++) {
                 sums[c + k] += sum[0][k] + sum[1][k];
                 sums[C + c + k] += square[0][k] + square[1][k];
             }
@@ -90,26 +93,26 @@ void NAMED(pool, KIND)(const NUMBER *x, const Size *s, const float *scale, const
         for (int64_t h = 0; h < high; h++) {
             const NUMBER *p = x + (r * s->height + 2 * h) * line;
             const int64_t at = (r * high + h) * wide * C;
-            for (int64_t c = 0; c < C; c += 16) {
-                const v16 a = load_float(scale + c), b = load_float(shift + c);
-                const i16 falls = a < 0;            /* there a minimum becomes the maximum */
+            for (int64_t c = 0; c < C; c += LANES) {
+                const floats a = load_float(scale + c), b = load_float(shift + c);
+                const ints falls = a < 0;            /* there a minimum becomes the maximum */
                 for (int64_t w = 0; w < wide; w++) {
                     const NUMBER *q = p + 2 * w * C + c;
-                    const v16 four[4] = {LOAD(q), LOAD(q + C), LOAD(q + line), LOAD(q + line + C)};
-                    v16 top = four[0];
-                    i16 place = {0};
+                    const floats four[4] = {LOAD(q), LOAD(q + C), LOAD(q + line), LOAD(q + line + C)};
+                    floats top = four[0];
+                    ints place = {0};
                     for (int k = 1; k < 4; k++) {
-                        i16 more = (falls & (four[k] < top)) | (~falls & (four[k] > top));
+                        ints more = (falls & (four[k] < top)) | (~falls & (four[k] > top));
                         top = choose(more, four[k], top);
                         place = (place & ~more) | (k & more);
                     }
-                    v16 y = a * top + b;
-                    i16 shut = y <= 0;              /* not so of a NaN, which goes through */
+                    floats y = a * top + b;
+                    ints shut = y <= 0;              /* not so of a NaN, which goes through */
                     place = (place & ~shut) | (SHUT & shut);
-                    STORE(out + at + w * C + c, choose(shut, (v16){0}, y));
+                    STORE(out + at + w * C + c, choose(shut, (floats){0}, y));
                     STORE(best + at + w * C + c, top);
-                    b16 small = __builtin_convertvector(place, b16);
-                    memcpy(which + at + w * C + c, &small, 16);
+                    bytes small = __builtin_convertvector(place, bytes);
+                    memcpy(which + at + w * C + c, &small, sizeof small);
                 }
             }
         }
@@ -122,18 +125,18 @@ void NAMED(gradient_sums, KIND)(const NUMBER *grad, const NUMBER *best, const ui
     const int64_t C = s->channels, wide = s->width / 2, lines = s->rows * (s->height / 2);
     memset(sums, 0, 2 * C * sizeof(double));
     for (int64_t line = 0; line < lines; line++)
-        for (int64_t c = 0; c < C; c += 16) {
-            v16 sum = {0}, product = {0};
+        for (int64_t c = 0; c < C; c += LANES) {
+            floats sum = {0}, product = {0};
             for (int64_t w = 0; w < wide; w++) {
                 const int64_t at = (line * wide + w) * C + c;
-                b16 place;
-                memcpy(&place, which + at, 16);
-                i16 open = __builtin_convertvector(place, i16) != SHUT;
-                v16 g = choose(open, LOAD(grad + at), (v16){0});
+                bytes place;
+                memcpy(&place, which + at, sizeof place);
+                ints open = __builtin_convertvector(place, ints) != SHUT;
+                floats g = choose(open, LOAD(grad + at), (floats){0});
                 sum += g;
                 product += g * LOAD(best + at);
             }
-            for (int k = 0; k < 16; k++) {
+            for (int k = 0; k < LANES; k++) {
                 sums[c + k] += sum[k];
                 sums[C + c + k] += product[k];
             }
@@ -148,21 +151,21 @@ void NAMED(spread, KIND)(const NUMBER *grad, const NUMBER *x, const uint8_t *whi
     const int64_t high = s->height / 2, wide = s->width / 2;
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t h = 0; h < s->height; h++)
-            for (int64_t c = 0; c < C; c += 16) {
+            for (int64_t c = 0; c < C; c += LANES) {
                 const int64_t from = (r * s->height + h) * line + c;
                 const int64_t pooled = ((r * high + h / 2) * wide) * C + c;
-                const v16 a = load_float(scale + c);
-                const v16 k1 = load_float(slope + c), k0 = load_float(offset + c);
+                const floats a = load_float(scale + c);
+                const floats k1 = load_float(slope + c), k0 = load_float(offset + c);
                 const int64_t in_windows = h / 2 < high ? 2 * wide : 0;
                 for (int64_t w = 0; w < in_windows; w += 2) {
-                    b16 place;
-                    memcpy(&place, which + pooled + w / 2 * C, 16);
-                    const i16 chosen = __builtin_convertvector(place, i16);
-                    const v16 g = a * LOAD(grad + pooled + w / 2 * C);
+                    bytes place;
+                    memcpy(&place, which + pooled + w / 2 * C, sizeof place);
+                    const ints chosen = __builtin_convertvector(place, ints);
+                    const floats g = a * LOAD(grad + pooled + w / 2 * C);
                     for (int k = 0; k < 2; k++) {
                         const int64_t at = from + (w + k) * C;
-                        const i16 here = chosen == (int32_t)(2 * (h % 2) + k);
-                        STORE(of_x + at, k0 + k1 * LOAD(x + at) + choose(here, g, (v16){0}));
+                        const ints here = chosen == (int32_t)(2 * (h % 2) + k);
+                        STORE(of_x + at, k0 + k1 * LOAD(x + at) + choose(here, g, (floats){0}));
                     }
                 }
                 for (int64_t w = in_windows; w < s->width; w++)

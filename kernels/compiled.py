@@ -68,10 +68,10 @@ def cache_folder() -> Path:
         return folder
 
 
-def build(compiler: str, name: str = "chain.c") -> Path:
+def build(compiler: str, name: str = "chain.c", lanes: int = 16) -> Path:
     """The path of a source of this folder compiled, made if it is not there."""
     source = Path(__file__).with_name(name)
-    command = [compiler, *FLAGS]
+    command = [compiler, *FLAGS, f"-DLANES={lanes}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     named = source.read_bytes() + version + cpu().encode() + " ".join(command).encode()
     path = cache_folder() / f"{source.stem}-{hashlib.sha256(named).hexdigest()[:16]}.so"
@@ -87,18 +87,19 @@ def build(compiler: str, name: str = "chain.c") -> Path:
 
 
 @lru_cache
-def library(name: str = "chain.c") -> ctypes.CDLL | None:
-    """The functions of a source; None, which is said once, where they cannot be had."""
+def library(name: str = "chain.c", lanes: int = 16) -> ctypes.CDLL | None:
+    """The functions of a source, by vectors of so many numbers where it goes by them (block.c);
+    None, which is said once, where they cannot be had."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     try:
         if not compiler:
             raise OSError("there is no C compiler")
-        path = build(compiler, name)
+        path = build(compiler, name, lanes)
         try:
             return ctypes.CDLL(str(path))
         except OSError:                         # damaged: once more
             path.unlink()
-            return ctypes.CDLL(str(build(compiler, name)))
+            return ctypes.CDLL(str(build(compiler, name, lanes)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip().splitlines() or ["?"])[0]
         warnings.warn(f"{SLOWER[name]}, by the same numbers: kernels/{name} cannot be compiled "

@@ -35,12 +35,17 @@ class Size(ctypes.Structure):
 
 def fits(block: nn.Sequential, x: Tensor) -> bool:
     """Can block.c go on from x (B, C, H, T), what the convolution of such a block gives?"""
-    if len(block) != 4 or x.device.type != "cpu" or x.shape[1] % 16:
+    if len(block) != 4 or x.device.type != "cpu" or x.shape[1] % 8:
         return False
     if torch.compiler.is_compiling():
         return False  # torch.compile makes passes of its own from the layers
     known = x.dtype in KINDS and block[1].weight.dtype == torch.float32
-    return known and block[2].kernel_size == 2 and compiled.library("block.c") is not None
+    return known and block[2].kernel_size == 2 and library(x) is not None
+
+
+def library(x: Tensor):
+    """block.c by the widest vectors that x's channels fill."""
+    return compiled.library("block.c", 16 if x.shape[1] % 16 == 0 else 8)
 
 
 class PoolStep(torch.autograd.Function):
@@ -88,7 +93,7 @@ def call(name: str, ahead, x: Tensor, after=()) -> Tensor:
 
     Args: ahead, after: its tensors before and after the size, which is x's; those of more than one
         axis are cut by rows. Returns: the sums (2, C) float64 of a function with none after."""
-    function = getattr(compiled.library("block.c"), f"{name}_{KINDS[x.dtype]}")
+    function = getattr(library(x), f"{name}_{KINDS[x.dtype]}")
     parts = min(torch.get_num_threads(), len(x))
     edges = [len(x) * k // parts for k in range(parts + 1)]
     sums = torch.empty(parts, 2, x.shape[1], dtype=torch.float64)

@@ -133,11 +133,11 @@ def threads(request):
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("branches", [1, 2])
-def test_melcnns_blocks_equal_torchs_layers_in_float64(threads, branches):
-    """By block.c; the fourth block's pool has a remainder."""
+@pytest.mark.parametrize("branches, width", [(1, 1.0), (2, 1.0), (1, 1.5)])
+def test_melcnns_blocks_equal_torchs_layers_in_float64(threads, branches, width):
+    """By block.c; the fourth block's pool has a remainder, and 24 channels fill no 16 lanes."""
     torch.manual_seed(0)
-    encoder = unusual(model.MelCNN(branches=branches))
+    encoder = unusual(model.MelCNN(width, branches=branches))
     plain = layers_of(encoder)
     x = torch.randn(6, branches, 96, 152)
     x[5] = 0  # silence: every position is a maximum
