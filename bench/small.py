@@ -143,9 +143,9 @@ def mask(x, share: float, generator):
 class Network(nn.Module):
     """A variant of MelCNN that takes spectrograms: (B, bands, frames) -> (B, D)."""
 
-    def __init__(self, channels=(16, 32, 64, 128, 256), stride=None, keep_bands=False):
+    def __init__(self, channels=(16, 32, 64, 128, 256), stride=None, keep_bands=False, width=1.0):
         super().__init__()
-        self.encoder = type("MelCNN", (model.MelCNN,), {"channels": channels})()
+        self.encoder = type("MelCNN", (model.MelCNN,), {"channels": channels})(width)
         if stride:
             self.encoder.blocks[0][0].stride = (stride, stride)
         self.keep_bands = keep_bands
@@ -321,7 +321,11 @@ def build_parser():
     parser.add_argument("--join", nargs="+", type=Path, help="encoders of one size, as branches")
     parser.add_argument("--seed", type=int, default=0, help="with --ship")
     parser.add_argument("--mask", type=float, default=0.0, help="with --ship: share of the bands")
-    parser.add_argument("--weights", type=float, nargs="+", help="with --ship: of each folder's songs")
+    parser.add_argument("--width", type=float, default=1.0, help="with --ship: of the network")
+    parser.add_argument("--loss", choices=list(pretrain.LOSSES), default="nt-xent",
+                        help="with --ship")
+    parser.add_argument("--weights", type=float, nargs="+",
+                        help="with --ship: how likely a song of each folder is")
     parser.add_argument("--renew", action="store_true", help="renew the pool until interrupted")
     parser.add_argument("--pool", type=Path, default=Path("data/views.npy"), help="the views' file")
     parser.add_argument("--views", type=int, default=48, help="of each song in the pool")
@@ -347,6 +351,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         shipped = {"share": 0.3, "channels": SHIPPED, "renewed": True}
         shipped |= {"masked": args.mask, "weights": args.weights}
+        shipped |= {"width": args.width, "loss": args.loss}
         train(pool, args.ship, out=args.out, seed=args.seed, **shipped)
     else:
         compare(args, pool)

@@ -56,8 +56,8 @@ def speakers(root: Path) -> dict[str, list[Path]]:
 
 def decode(path: Path) -> np.ndarray:
     """A recording, mono at RATE, (samples,); of a damaged one, what can be had."""
-    command = ["ffmpeg", "-v", "error", "-i", path, "-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
-    done = subprocess.run(command, capture_output=True)
+    form = ["-ac", "1", "-ar", str(RATE), "-f", "f32le", "-"]
+    done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, *form], capture_output=True)
     return np.frombuffer(done.stdout, np.float32).astype(np.float64)
 
 
@@ -320,7 +320,7 @@ def main():
     args = parser.parse_args()
     people = speakers(args.speech)
     if not people:
-        parser.error(f"{args.speech}: no speakers there; unpack the packages named in --help's file")
+        parser.error(f"{args.speech}: no speakers there; unpack the packages that this file names")
     chance = np.random.default_rng(args.seed)
     singers = [Singer(files, chance) for files in people.values()]
     folders = [prepare.Clips(prepare.find(name)) for name in args.over]

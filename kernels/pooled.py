@@ -48,41 +48,48 @@ def library(x: Tensor):
     return compiled.library("block.c", 16 if x.shape[1] % 16 == 0 else 8)
 
 
+def statistics(x: Tensor, norm: nn.Module) -> cpu.Statistics:
+    """Of the batch, this process's or all processes'; the running ones are moved."""
+    sums = call("moments", (x,), x)
+    ones = torch.full_like(sums[:1], x.numel() / x.shape[1])
+    count, first, second = cpu.summed(torch.cat([ones, sums]), cpu.over_processes(norm))
+    mean = first / count
+    var = (second / count - mean.square()).clamp_min(0)
+    cpu.note_statistics(norm, mean, var, count)
+    return cpu.Statistics(count, mean, (var + norm.eps).rsqrt())
+
+
 class PoolStep(torch.autograd.Function):
     """x (B, C, H, T) of a convolution, weight and bias (C,), the norm -> (B, C, H / 2, T / 2)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm) -> Tensor:
-        everywhere = cpu.over_processes(norm)
         x = x.contiguous(memory_format=torch.channels_last)
-        sums = call("moments", (x,), x)
-        ones = torch.full_like(sums[:1], x.numel() / x.shape[1])
-        count, first, second = cpu.summed(torch.cat([ones, sums]), everywhere)
-        mean = first / count
-        var = (second / count - mean.square()).clamp_min(0)
-        cpu.note_statistics(norm, mean, var, count)
-        inverse = (var + norm.eps).rsqrt()
-        scale = weight * inverse.to(weight)
-        shift = bias - (mean * inverse * weight).to(bias)
+        found = statistics(x, norm)
+        scale = weight * found.inverse.to(weight)
+        shift = bias - (found.mean * found.inverse * weight).to(bias)
         rows, channels, height, width = x.shape
         out = torch.empty(rows, channels, height // 2, width // 2, dtype=x.dtype,
                           memory_format=torch.channels_last)
         best = torch.empty_like(out)
         which = torch.empty_like(out, dtype=torch.uint8)
         call("pool", (x,), x, (scale, shift, out, best, which))
-        ctx.save_for_backward(x, best, which, scale, mean, inverse, count)
-        ctx.everywhere = everywhere
+        ctx.save_for_backward(x, best, which, scale)
+        ctx.found = found
+        ctx.everywhere = cpu.over_processes(norm)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, best, which, scale, mean, inverse, count = ctx.saved_tensors
+        x, best, which, scale = ctx.saved_tensors
+        found = ctx.found
         grad = grad.contiguous(memory_format=torch.channels_last)
         total, product = call("gradient_sums", (grad, best, which), x)
-        along = (product - mean * total) * inverse  # the sum of the gradient times normalised x
-        means = cpu.summed(torch.stack([total, along]), ctx.everywhere) / count
-        slope = -scale * inverse * means[1]
-        offset = -scale * means[0] - slope * mean
+        # the sum of the gradient times normalised x
+        along = (product - found.mean * total) * found.inverse
+        means = cpu.summed(torch.stack([total, along]), ctx.everywhere) / found.count
+        slope = -scale * found.inverse * means[1]
+        offset = -scale * means[0] - slope * found.mean
         of_x = torch.empty_like(x)
         call("spread", (grad, x, which), x, (scale, slope.float(), offset.float(), of_x))
         return of_x, along.float(), total.float(), None

@@ -310,10 +310,17 @@ def process(rank, port, folder, kind, dtype, alone):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", list(MOST))
-@pytest.mark.parametrize("kind", list(SHAPES))
-@pytest.mark.parametrize("alone", [False, True], ids=["kernels", "model.py alone"])
-def test_two_processes_take_the_step_of_one(tmp_path, kind, alone, dtype):
+@pytest.mark.parametrize(
+    "kind, dtype, alone",
+    [
+        ("samplecnn", torch.float64, False),
+        ("samplecnn", torch.float64, True),
+        ("melcnn", torch.float64, False),  # norm.py
+        ("melcnn", torch.float32, False),  # pooled.py
+        ("melcnn", torch.float64, True),
+    ],
+)
+def test_two_processes_take_the_step_of_one(tmp_path, kind, dtype, alone):
     """Outputs, gradients (of the weights summed up, as DDP does) and statistics, against one of
     torch's layers in float64."""
     blocks = two_blocks(kind)
