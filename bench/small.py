@@ -193,8 +193,14 @@ def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temper
     learner = nn.ModuleList([network, projector])
     adam = torch.optim.Adam(learner.parameters(), lr=1e-3, fused=True)
     step, used, order = 0, 0.0, []
-    likely = torch.tensor([weights[k] for k in pool.folder]) if weights else None
+    likely = torch.tensor([weights[k] for k in pool.folder] if weights else [])
+    if weights and (likely > 0).sum() < batch:
+        sys.exit(f"--weights: expected at least {batch} songs of a weight above 0")
+    recipe = {"share": share, "masked": masked, "loss": loss, "temperature": temperature,
+              "frames": frames, "batch": batch, "seed": seed, "weights": weights, "sizes": sizes}
     saved = pretrain.load_checkpoint(out / "checkpoint.pt") if out else None
+    if saved and saved.get("recipe", recipe) != recipe:
+        sys.exit(f"{out}: expected to go on as it began, {saved['recipe']}, got {recipe}")
     if saved:
         learner.load_state_dict(saved["learner"])
         adam.load_state_dict(saved["adam"])
@@ -230,8 +236,9 @@ def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temper
             with open(out / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             losses = []
-            state = {"learner": learner.state_dict(), "adam": adam.state_dict()}
-            pretrain.save_checkpoint(out / "checkpoint.pt", state | {"step": step, "used": used})
+            state = {"learner": learner.state_dict(), "adam": adam.state_dict(), "step": step,
+                     "used": used, "recipe": recipe}
+            pretrain.save_checkpoint(out / "checkpoint.pt", state)
             info = {"method": "clmr", "step": step, "batch_size": batch, "data": pool.clips.name}
             info |= {key: getattr(pool.clips, key) for key in ("sample_rate", "fingerprint")}
             model.save_encoder(out / "encoder.pt", network.encoder, **info)

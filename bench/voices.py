@@ -10,13 +10,15 @@ stretched to a note's length and given its pitch, with glides, drift and vibrato
 near the last one among those that the music plays at that moment. A singer's formants, effort,
 breath and range are moved at random; some songs are spoken to a beat, doubled, sung in two voices
 or by a choir, driven, or louder by far than what accompanies them. 45 s each, mono Ogg Vorbis at
-22,050 Hz, about 2.5 s of a core. A song depends on --seed, its number, the speech and the music
-alone; one that is there is kept.
+22,050 Hz, about 2 s of a core; each counts as a song of its own, and voices.csv names the music of
+it, whose label it keeps. A song depends on --seed, its number, the speech and the music alone; one
+that is there is kept.
 
 Needs pyworld and scipy from PyPI, and ffmpeg.
 """
 
 import argparse
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +103,7 @@ class Singer:
             if total > seconds:
                 break
         self.said = [phrase for phrase in self.said if phrase]
-        pitches = [f0[f0 > 0] for phrase in self.said for f0, *_ in phrase]
+        pitches = [f0[f0 > 0] for phrase in self.said for f0, *_ in phrase] or [[440.0]]
         self.pitch = midi(np.median(np.concatenate(pitches)))
 
 
@@ -321,25 +323,29 @@ def main():
     people = speakers(args.speech)
     if not people:
         parser.error(f"{args.speech}: no speakers there; unpack the packages that this file names")
-    chance = np.random.default_rng(args.seed)
-    singers = [Singer(files, chance) for files in people.values()]
     folders = [prepare.Clips(prepare.find(name)) for name in args.over]
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = ["file,label,over\n"]
+    rows = [("file", "label", "over")]
+    singers = None
     for k in range(args.songs):
         file = args.out / f"sung-{args.seed}-{k:04d}.ogg"
         chance = np.random.default_rng([args.seed, k])
         clips = folders[k % len(folders)]
         clip = draw_music(chance, clips)
-        over = f"{clips.name}/{clips.id[clip]}".replace(",", " ")
-        rows.append(f"{file.name},sung,{over}\n")
+        labels = [clips.tags[i] for i in np.flatnonzero(clips.labels[clip])]
+        rows.append((file.name, *(labels or ["sung"])[:1], clips.id[clip]))
         if file.exists():
             continue
+        if singers is None:
+            order = np.random.default_rng(args.seed)
+            singers = [Singer(files, order) for files in people.values()]
+            singers = [singer for singer in singers if singer.said]
         music = excerpt(chance, clips.waveform(clip).numpy().reshape(-1))
         partial = file.with_suffix(".partial")  # until it is whole
         soundfile.write(partial, perform(chance, singers, music), RATE, "VORBIS", format="OGG")
         partial.rename(file)
-    (args.out / "voices.csv").write_text("".join(rows), encoding="utf-8")
+    with open(args.out / "voices.csv", "w", newline="", encoding="utf-8") as table:
+        csv.writer(table).writerows(rows)
     print(f"{args.songs} songs by {len(people)} speakers in {args.out}, listed in voices.csv")
 
 

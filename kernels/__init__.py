@@ -44,7 +44,7 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
             `recompute`: to keep its input and output alone for the backward pass. Where the norm
             has a true attribute `over_processes`, its statistics are those of all processes
             (section 3.2).
-        x: (B, C, 1, T).
+        x: (B, C, 1, T), or (B, C, H, T) in model.MelCNN, whose max-pool is of 2 x 2.
     Returns: a function of x."""
     stem = is_stem(block[0])
     passes = passes_for(block, x) if stem or fits(block, x) else None
@@ -64,7 +64,8 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
 
 
 def through_layers(block):
-    """The block's layers one by one, but what pooled.py and norm.py (over processes) do faster."""
+    """The block's layers one by one, but what pooled.py and norm.py (over processes) do faster;
+    None where its norm is frozen, or torch's affair."""
     bn = block[1]
     if isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return None

@@ -5,12 +5,15 @@
 
 #ifndef NUMBER
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #ifndef LANES
 #define LANES 16
+#endif
+#if LANES > 8 && defined __x86_64__ && !defined __AVX512F__
+#undef LANES
+#define LANES 8                 /* gcc takes vectors wider than the registers to pieces */
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -22,7 +25,7 @@ typedef struct {
     int64_t rows, height, width, channels;
 } Size;
 
-enum { SHUT = 4 };                       /* in place of a window's maximum: ReLU let nothing through */
+enum { SHUT = 4 };              /* in place of a window's maximum: ReLU let nothing through */
 
 static inline floats load_float(const float *p) { floats v; memcpy(&v, p, sizeof v); return v; }
 static inline void store_float(float *p, floats v) { memcpy(p, &v, sizeof v); }
@@ -60,17 +63,18 @@ static inline floats choose(ints yes, floats a, floats b)
 #define LOAD NAMED(load, KIND)
 #define STORE NAMED(store, KIND)
 
-/* sums (2, C) of x and of x^2 */
-void NAMED(moments, KIND)(const NUMBER *x, const Size *s, double *sums)
+/* sums (2, C) of x - pivot and of its square: near the mean nothing cancels */
+void NAMED(moments, KIND)(const NUMBER *x, const Size *s, const float *pivot, double *sums)
 {
     const int64_t C = s->channels, lines = s->rows * s->height;
     memset(sums, 0, 2 * C * sizeof(double));
     for (int64_t line = 0; line < lines; line++) {
         const NUMBER *p = x + line * s->width * C;
         for (int64_t c = 0; c < C; c += LANES) {
-            floats sum[2] = {{0}}, square[2] = {{0}};  /* two: an addition waits for the last */
+            const floats zero = load_float(pivot + c);
+            floats sum[2] = {{0}}, square[2] = {{0}};   /* two: an addition waits for the last */
             for (int64_t w = 0; w < s->width; w++) {
-                floats v = LOAD(p + w * C + c);
+                floats v = LOAD(p + w * C + c) - zero;
                 sum[w % 2] += v;
                 square[w % 2] += v * v;
             }

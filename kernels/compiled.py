@@ -29,7 +29,7 @@ from torch import Tensor
 
 SLOWER = {  # without each of the sources
     "chain.c": "augmentation takes twice its time",
-    "block.c": "melcnn trains at two thirds of the pairs a second",
+    "block.c": "a step of melcnn takes a third longer",
 }
 TILE = 7 * 16               # lags that it takes at once
 TAPS = 32                   # of the interpolator, and of the one for the search
@@ -102,9 +102,14 @@ def library(name: str = "chain.c", lanes: int = 16) -> ctypes.CDLL | None:
             return ctypes.CDLL(str(build(compiler, name, lanes)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (str(getattr(error, "stderr", "") or error).strip().splitlines() or ["?"])[0]
-        warnings.warn(f"{SLOWER[name]}, by the same numbers: kernels/{name} cannot be compiled "
-                      f"({reason})", stacklevel=2)
+        say_slower(name, reason)
         return None
+
+
+@lru_cache
+def say_slower(name: str, reason: str) -> None:
+    warnings.warn(f"{SLOWER[name]}, by the same numbers: kernels/{name} cannot be compiled "
+                  f"({reason})", stacklevel=3)
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -16,8 +16,9 @@ tests/test_kernels_cpu.py compares with one process, in float64.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import cpu
+from . import cpu, pooled
 
 FUSED = torch.ops.aten.native_batch_norm
 BACKWARD = torch.ops.aten.native_batch_norm_backward
@@ -29,32 +30,31 @@ class NormStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, norm) -> Tensor:
         _, mean, inverse = FUSED(x, weight, bias, None, None, True, 0.0, norm.eps)
-        mean = mean.double()
+        apart = mean.double() - pooled.pivot_of(norm)
         var = (inverse.double() ** -2 - norm.eps).clamp_min(0)
-        world = dist.get_world_size()
-        moments = cpu.summed(torch.stack([mean, var + mean.square()]), True) / world
-        mean = moments[0]
-        var = (moments[1] - mean.square()).clamp_min(0)
         rows = x.numel() // x.shape[1]
-        cpu.note_statistics(norm, mean, var, torch.tensor(rows * world, dtype=torch.float64))
-        mean = mean.to(weight)
-        var = var.to(weight)
-        ctx.save_for_backward(x, weight, mean, (var + norm.eps).rsqrt())
+        # what pooled.py sends: another process may have a compiler
+        sums = torch.stack([torch.ones_like(apart), apart, var + apart.square()]) * rows
+        found = pooled.statistics(sums, norm)
+        mean = found.mean.to(weight)
+        var = (found.inverse**-2 - norm.eps).to(weight)
+        ctx.save_for_backward(x, weight, mean, found.inverse.to(weight))
         ctx.rows = rows
         ctx.eps = norm.eps
         return FUSED(x, weight, bias, mean, var, False, 0.0, norm.eps)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, mean, inverse = ctx.saved_tensors
         found = BACKWARD(grad, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3)
         of_x, of_weight, of_bias = found
-        ours = torch.stack([of_weight, of_bias]).double()
+        ours = torch.stack([of_bias, of_weight]).double()
         everywhere = cpu.summed(ours, True) / dist.get_world_size()
         apart = ((ours - everywhere) / ctx.rows).to(weight)  # means over our rows less those of all
         scale = weight * inverse
-        slope = scale * inverse * apart[0]
-        offset = scale * apart[1] - mean * slope
+        slope = scale * inverse * apart[1]
+        offset = scale * apart[0] - mean * slope
         add_affine(of_x, x, slope.to(x.dtype), offset.to(x.dtype))
         return of_x, of_weight, of_bias, None
 

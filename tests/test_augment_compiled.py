@@ -101,8 +101,9 @@ def test_a_damaged_file_is_compiled_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_torch_is_taken_and_it_is_said(monkeypatch, compiler):
-    compiled.library.cache_clear()
     monkeypatch.setenv("CC", compiler)
+    for forgetting in (compiled.library, compiled.say_slower):
+        forgetting.cache_clear()
     with pytest.warns(UserWarning, match=SLOWER):
         assert not compiled.usable(torch.zeros(1))
     compiled.library.cache_clear()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import model
@@ -142,7 +143,7 @@ def test_melcnns_blocks_equal_torchs_layers_in_float64(threads, branches, width)
     x = torch.randn(6, branches, 96, 152)
     x[5] = 0  # silence: every position is a maximum
     for block, layers in zip(encoder.blocks, plain):
-        conv_out = torch.empty(1, block[0].out_channels, 1, 1)
+        conv_out = torch.empty(1, block[0].out_channels, 2, 2)
         assert kernels.pooled.fits(block, conv_out) == (len(block) == 4)
         found, x_next = compared(
             block, x.clone().requires_grad_(), layers, x.double().requires_grad_(), 1e-3
@@ -188,15 +189,91 @@ def test_what_is_no_number_goes_through_melcnns_blocks_as_through_torchs_layers(
         assert torch.equal(block(x).isnan(), layers(x).isnan())
 
 
-def test_melcnns_blocks_without_a_compiler_are_left_to_the_layers(monkeypatch):
-    kernels.compiled.library.cache_clear()
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def forget():
+        kernels.compiled.library.cache_clear()
+        kernels.compiled.say_slower.cache_clear()
+
+    forget()
     monkeypatch.setenv("CC", "/no/such/compiler")
+    yield
+    forget()
+
+
+def test_melcnns_blocks_without_a_compiler_are_left_to_the_layers(no_compiler):
     block = unusual(model.MelCNN()).blocks[0]
     x = torch.randn(2, 1, 96, 152)
-    with pytest.warns(UserWarning, match="melcnn trains at .* kernels/block.c cannot be compiled"):
+    with pytest.warns(UserWarning, match="a step of melcnn .* kernels/block.c cannot be compiled"):
         y = block(x)
     assert torch.equal(y, nn.Sequential(*copy.deepcopy(block))(x))
-    kernels.compiled.library.cache_clear()
+
+
+def unlike_melcnns(norm=None, **pool):
+    """A block that only looks like melcnn's."""
+    pool = nn.MaxPool2d(**({"kernel_size": 2} | pool))
+    return model.Block(nn.Conv2d(1, 16, 3), norm or nn.BatchNorm2d(16), pool, nn.ReLU()).train()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        unlike_melcnns(stride=1),
+        unlike_melcnns(padding=1),
+        unlike_melcnns(dilation=2),
+        unlike_melcnns(ceil_mode=True),
+        unlike_melcnns(nn.BatchNorm2d(16, momentum=None)),
+        unlike_melcnns(nn.BatchNorm2d(16, affine=False)),
+        unlike_melcnns(nn.BatchNorm2d(16, track_running_stats=False)),
+        unlike_melcnns(nn.GroupNorm(4, 16)),
+    ],
+    ids=lambda block: f"{block[1]} {block[2]}",
+)
+def test_blocks_of_another_kind_are_left_to_the_layers(block):
+    x = torch.randn(3, 1, 11, 13)
+    layers = nn.Sequential(*copy.deepcopy(block))
+    assert torch.equal(block(x), layers(x))
+
+
+def test_an_image_too_small_to_pool_is_refused_as_by_the_layers():
+    block = unusual(model.MelCNN()).blocks[1]
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        block(torch.randn(2, 16, 1, 8))
+
+
+@needs_a_compiler
+def test_tensors_that_are_none_and_another_default_device_do_no_harm():
+    block = unusual(model.MelCNN()).blocks[1]
+    x = torch.randn(2, 16, 8, 8)
+    want = copy.deepcopy(block)(x)
+    with torch.device("meta"):
+        assert torch.equal(block(x), want)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        assert block(fakes.from_tensor(x)).shape == want.shape
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_statistics_far_from_nought_do_not_cancel(mean):
+    """Once the running mean has come near."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(16)
+    norm.running_mean.fill_(mean + 0.5)
+    x = torch.randn(4, 16, 8, 8) + mean
+    relu = nn.ReLU()
+    layers = nn.Sequential(copy.deepcopy(norm).double(), nn.MaxPool2d(2), relu)
+    y = kernels.pooled.PoolStep.apply(x, norm.weight, norm.bias, norm)
+    assert distance(y, layers(x.double())) < 1e-4
+    assert torch.allclose(norm.running_var.double(), layers[0].running_var, rtol=1e-4)
+
+
+@needs_a_compiler
+def test_second_derivatives_are_refused_and_not_wrong():
+    block = unusual(model.MelCNN()).blocks[1]
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
 
 
 def test_training_on_a_cpu_takes_any_layout_of_memory():
@@ -291,14 +368,17 @@ def two_blocks(kind):
     return blocks.train()
 
 
-def process(rank, port, folder, kind, dtype, alone):
-    """Half of the batch, with statistics over both processes; `alone`: without kernels/."""
+def process(rank, port, folder, kind, dtype, case):
+    """Half of the batch, with statistics over both processes; by model.py alone, or one of them
+    without a compiler."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    if alone:
+    warnings.simplefilter("ignore")
+    if case == "model.py alone":
         sys.modules["kernels"] = None
-        warnings.simplefilter("ignore")
+    if case == "one compiler" and rank:
+        os.environ["CC"] = "/no/such/compiler"
     blocks = model.synchronise(two_blocks(kind).to(dtype), "cpu")
     given = torch.load(folder / "given.pt")
     x, grad = (part[2 * rank : 2 * rank + 2].to(dtype, copy=True) for part in given)
@@ -311,16 +391,17 @@ def process(rank, port, folder, kind, dtype, alone):
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, alone",
+    "kind, dtype, case",
     [
-        ("samplecnn", torch.float64, False),
-        ("samplecnn", torch.float64, True),
-        ("melcnn", torch.float64, False),  # norm.py
-        ("melcnn", torch.float32, False),  # pooled.py
-        ("melcnn", torch.float64, True),
+        ("samplecnn", torch.float64, "kernels"),
+        ("samplecnn", torch.float64, "model.py alone"),
+        ("melcnn", torch.float64, "kernels"),  # norm.py
+        ("melcnn", torch.float64, "model.py alone"),
+        ("melcnn", torch.float32, "kernels"),  # pooled.py
+        ("melcnn", torch.float32, "one compiler"),  # both
     ],
 )
-def test_two_processes_take_the_step_of_one(tmp_path, kind, dtype, alone):
+def test_two_processes_take_the_step_of_one(tmp_path, kind, dtype, case):
     """Outputs, gradients (of the weights summed up, as DDP does) and statistics, against one of
     torch's layers in float64."""
     blocks = two_blocks(kind)
@@ -330,7 +411,7 @@ def test_two_processes_take_the_step_of_one(tmp_path, kind, dtype, alone):
     grad = torch.randn_like(y)
     y.backward(grad)
     torch.save((x.detach(), grad), tmp_path / "given.pt")
-    mp.spawn(process, (free_port(), tmp_path, kind, dtype, alone), nprocs=2)
+    mp.spawn(process, (free_port(), tmp_path, kind, dtype, case), nprocs=2)
     y_0, of_x_0, gradients_0, state_0 = torch.load(tmp_path / "0.pt")
     y_1, of_x_1, gradients_1, state_1 = torch.load(tmp_path / "1.pt")
     assert distance(torch.cat([y_0, y_1]), y) < MOST[dtype]
