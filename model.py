@@ -388,9 +388,9 @@ def weights_sha256(module: nn.Module) -> str:
     """sha256 over names, shapes and values of all parameters and buffers: an encoder's identity."""
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
+        value = value.float() if value.dtype == torch.half else value  # saved so, it loads as float
         digest.update(f"{key} {tuple(value.shape)} {value.dtype};".encode())
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 def read_checkpoint(path) -> dict:

@@ -171,13 +171,14 @@ def join(encoders) -> model.MelCNN:
 
 
 def ship_joined(paths, out: Path):
-    """encoder.pt of encoders side by side; its step is the sum of theirs."""
+    """encoder.pt of encoders side by side, in half precision; its step is the sum of theirs."""
     encoders, infos = zip(*(model.load_encoder(path) for path in paths))
     about = {"method": "clmr", "batch_size": BATCH, "sample_rate": infos[0]["sample_rate"]}
     about["step"] = sum(info["step"] for info in infos)
     about["data"] = " and ".join(info["data"] for info in infos)
     about["fingerprint"] = " ".join(info["fingerprint"] for info in infos)
-    model.save_encoder(out / "encoder.pt", join(encoders), **about)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_encoder(out / "encoder.pt", join(encoders).half(), **about)
 
 
 def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,

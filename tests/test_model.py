@@ -2,6 +2,7 @@
 a process of their own."""
 
 import argparse
+import copy
 import json
 import math
 import subprocess
@@ -160,6 +161,21 @@ def test_the_encoder_file_gives_the_same_encoder(tmp_path, name):
         "sizes",
         "input_samples",
     }
+
+
+def test_an_encoder_saved_in_half_precision_is_read_in_full(tmp_path):
+    torch.manual_seed(0)
+    encoder = model.MelCNN(width=0.5).eval()
+    x = torch.randn(2, 1, 59049)
+    want = encoder(x)
+    sizes = {}
+    for name, saved in {"full": encoder, "half": copy.deepcopy(encoder).half()}.items():
+        model.save_encoder(tmp_path / name, saved, sample_rate=22050, method="clmr", step=0)
+        sizes[name] = (tmp_path / name).stat().st_size
+    loaded, _ = model.load_encoder(tmp_path / "half")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.allclose(loaded(x), want, rtol=1e-2, atol=0.01 * float(want.abs().max()))
+    assert sizes["half"] < 0.6 * sizes["full"]
 
 
 def test_the_encoder_refuses_what_it_would_misread():
