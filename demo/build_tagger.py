@@ -4,6 +4,7 @@
     python bench/peers.py extract --data free --peer musicnn-mtt             # the teacher's tags
     python bench/peers.py extract --data game --peer musicnn-mtt --every 4
     python bench/peers.py extract --data styles --peer musicnn-mtt           # bench/styles.py's
+    python bench/peers.py extract --data sung --peer musicnn-mtt             # bench/voices.py's
     python demo/build_tagger.py             # demo/tagger.pt, tagger.ts, JSON of its scores
 
 The teacher, musicnn (Pons & Serra, 2019, ISC licence), was trained on MagnaTagATune's labels; its
@@ -213,12 +214,13 @@ def build_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", type=Path, default=ROOT / "demo/encoder.pt", help="the encoder")
-    add("--data", nargs="+", default=["free", "game", "styles"], metavar="NAME",
+    add("--data", nargs="+", default=["free", "game", "styles", "sung"], metavar="NAME",
         help="prepared folders, labelled by artist")
     add("--features", type=Path, default=Path("build/features"), metavar="DIR",
         help="of bench/peers.py")
     add("--least", type=float, default=30, help="expected training clips that a tag needs")
     add("--agreement", type=float, default=0.5, help="rank correlation that a tag needs")
+    add("--check", metavar="NAME", help="another prepared folder, of which nothing is learnt")
     add("--out", type=Path, default=ROOT / "demo", metavar="DIR", help="for tagger.pt, tagger.ts")
     add("--scores", type=Path, default=ROOT / "results/peers/tagger.json", metavar="FILE",
         help="what it agrees in")
@@ -240,6 +242,18 @@ def report(music, layer, named):
         f"{learnt['clips']} clips of {learnt['artists']}. {len(named)} of {len(rows)} tags ship; "
         f"their mean rank correlation is {alike:.2f}.")
     return {"kind": "tagger", "caption": caption, "table": rows, "counts": [learnt, test]}
+
+
+def listen_elsewhere(scores, music, layer, name):
+    """Adds to the scores how the tags agree with the teacher on music of another kind."""
+    clip = torch.from_numpy(music.clip)
+    ours = probabilities(layer, music.h, clip, len(music.targets)).numpy()
+    found = {row["tag"]: row["rank correlation"]
+             for row in agreement(ours, music.targets, music.tags)}
+    for row in scores["table"]:
+        row[f"rank correlation, {name}"] = found[row["tag"]]
+    alike = np.mean([found[row["tag"]] for row in scores["table"] if row["ships"] == "yes"])
+    scores["caption"] += f" On all {len(ours)} clips of {name}, none of them learnt: {alike:.2f}."
 
 
 def choose(music, layer, least, agreed):
@@ -271,7 +285,10 @@ def main(argv=None):
     model.save_tagger(args.out / "tagger.pt", levels, **what, **about)
     model.export_torchscript(levels, args.out / "tagger.ts", **what, info=about)
     arguments = sys.argv[1:] if argv is None else argv
-    scores = {**report(music, layer, named), "penalty": penalty, **about,
+    scores = report(music, layer, named)
+    if args.check:
+        listen_elsewhere(scores, Music([args.check], args.features, levels), layer, args.check)
+    scores = {**scores, "penalty": penalty, **about,
               "encoder": model.weights_sha256(encoder), "versions": model.versions(),
               "code": model.code_version(), "argv": ["demo/build_tagger.py", *arguments]}
     model.write_atomically(args.scores, (json.dumps(scores, indent=1) + "\n").encode())
