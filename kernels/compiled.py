@@ -29,7 +29,7 @@ from torch import Tensor
 
 SLOWER = {  # without each of the sources
     "chain.c": "augmentation takes twice its time",
-    "block.c": "a step of melcnn takes a third longer",
+    "block.c": "a step of melcnn takes a fifth longer",
 }
 TILE = 7 * 16               # lags that it takes at once
 TAPS = 32                   # of the interpolator, and of the one for the search
