@@ -24,7 +24,7 @@ same within the noise (1.42 s, 0.62 s, 0.92 s, 0.46 s), their losses to the bit:
     1.0,  8, bfloat16          0.62   1.7     0.70   2.1    one process: both are torch's layers
     0.5, 16, float32           0.91   1.6     0.93   2.8
     0.5, 16, bfloat16          0.42   1.7     0.45   1.8    one process: both are torch's layers
-melcnn, 96 pairs in bfloat16, spectrogram and chain apart: 0.211 s by pooled.py, 0.265 by the layers.
+melcnn, 96 pairs in bfloat16 without spectrogram and chain: 0.211 s by pooled.py, 0.265 by layers.
 On an H200, 96 pairs in bfloat16: 35 ms by torch's layers, 9.5 by gpu.py, 7.9 as one CUDA graph
 (results/README.md; measured before gpu.py was written anew, not since).
 """
