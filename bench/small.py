@@ -171,14 +171,14 @@ def join(encoders) -> model.MelCNN:
 
 
 def ship_joined(paths, out: Path):
-    """encoder.pt of encoders side by side, in half precision; its step is the sum of theirs."""
+    """encoder.pt of encoders side by side; its step is the sum of theirs."""
     encoders, infos = zip(*(model.load_encoder(path) for path in paths))
     about = {"method": "clmr", "batch_size": BATCH, "sample_rate": infos[0]["sample_rate"]}
     about["step"] = sum(info["step"] for info in infos)
     about["data"] = " and ".join(info["data"] for info in infos)
     about["fingerprint"] = " ".join(info["fingerprint"] for info in infos)
     out.mkdir(parents=True, exist_ok=True)
-    model.save_encoder(out / "encoder.pt", join(encoders).half(), **about)
+    model.save_encoder(out / "encoder.pt", join(encoders), **about)
 
 
 def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,
@@ -349,7 +349,10 @@ def main():
     if args.weights and len(args.weights) != len(args.train):
         parser.error("type as many --weights as folders after --train")
     if args.join:
-        return ship_joined(args.join, args.out)
+        try:
+            return ship_joined(args.join, args.out)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     model.tune_allocator()
     torch.set_num_threads(1)
     pool = Pool(args.pool, [prepare.find(name) for name in args.train], args.views)
