@@ -14,17 +14,17 @@ or by a choir, driven, or louder by far than what accompanies them. 45 s each, m
 it, whose label it keeps. A song depends on --seed, its number, the speech and the music alone; one
 that is there is kept.
 
-Needs pyworld and scipy from PyPI, and ffmpeg.
+Needs pyworld from PyPI, which requirements.txt does not have, and ffmpeg.
 """
 
 import argparse
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pyworld
 import soundfile
 from scipy.signal import fftconvolve
 
@@ -32,6 +32,11 @@ import common
 
 sys.path.insert(0, str(common.ROOT))
 import prepare  # noqa: E402
+
+try:
+    import pyworld
+except ImportError:  # main says so; --help works without
+    pyworld = None
 
 RATE = 22050
 SECONDS = 45
@@ -320,6 +325,10 @@ def build_parser():
 def main():
     parser = build_parser()
     args = parser.parse_args()
+    if pyworld is None:
+        parser.error("expected the WORLD vocoder, got no module pyworld; type: pip install pyworld")
+    if not shutil.which("ffmpeg"):
+        parser.error("expected ffmpeg, which reads the speech; type: apt install ffmpeg")
     people = speakers(args.speech)
     if not people:
         parser.error(f"{args.speech}: no speakers there; unpack the packages that this file names")
