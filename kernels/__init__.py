@@ -47,6 +47,8 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
             (section 3.2).
         x: (B, C, 1, T), or (B, C, H, T) in model.MelCNN, whose max-pool is of 2 x 2.
     Returns: a function of x."""
+    if observed(block) and not cpu.over_processes(block[1]):
+        return None
     stem = is_stem(block[0])
     passes = passes_for(block, x) if stem or fits(block, x) else None
     if passes is None:
@@ -62,6 +64,16 @@ def training_pass(block: nn.Sequential, x: torch.Tensor):
             return step.apply(x, *parameters, block)
 
     return run
+
+
+def observed(block):
+    """Does somebody look at the layers one by one: by hooks on them, or torch.jit.trace?
+
+    Over processes that changes nothing, since all must send the same sums, and hooks are often of
+    one process alone."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = any(getattr(layer, kind, None) for layer in block for kind in hooks)
+    return watched or torch.jit.is_tracing()
 
 
 def through_layers(block):

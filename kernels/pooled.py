@@ -13,8 +13,7 @@ and their places are kept.
 
 The plain way: the layers themselves, with which tests/test_kernels_cpu.py compares. Two choices
 differ: of numbers that bfloat16 rounds to one, the norm's weight being 0 among the causes, torch's
-pool takes the first, and this one the largest before the norm. Hooks on a block's inner layers are
-not called.
+pool takes the first, and this one the largest before the norm.
 By how much it is faster: kernels/__init__.py.
 """
 

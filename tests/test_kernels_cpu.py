@@ -235,6 +235,25 @@ def test_blocks_of_another_kind_are_left_to_the_layers(block):
     assert torch.equal(block(x), layers(x))
 
 
+@pytest.mark.parametrize("kind", [model.SampleCNN, model.MelCNN])
+def test_hooks_on_a_blocks_inner_layers_are_called_in_training(kind):
+    encoder = kind(width=0.25).train()
+    seen = []
+    for layer in encoder.blocks[1]:
+        layer.register_forward_hook(lambda layer, given, out: seen.append(type(layer).__name__))
+    encoder(torch.randn(2, 1, 59049))
+    assert seen == [type(layer).__name__ for layer in encoder.blocks[1]]
+
+
+@pytest.mark.parametrize("kind", [model.SampleCNN, model.MelCNN])
+def test_an_encoder_in_training_can_be_traced(kind):
+    encoder = kind(width=0.25).train()
+    torch.manual_seed(0)
+    x = torch.randn(8, 1, 59049)
+    traced = torch.jit.trace(encoder, x, check_trace=False)
+    assert torch.allclose(traced(x), encoder(x), rtol=1e-2, atol=1e-3)
+
+
 def test_an_image_too_small_to_pool_is_refused_as_by_the_layers():
     block = unusual(model.MelCNN()).blocks[1]
     with pytest.raises(RuntimeError, match="Output size is too small"):
