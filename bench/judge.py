@@ -1,4 +1,4 @@
-"""Features beside one another by cross-validation: what a split of 270 test clips cannot tell apart.
+"""Features side by side by cross-validation: what 270 test clips cannot tell apart.
 
     python bench/judge.py ships=demo/encoder.pt both=runs/a/encoder.pt+runs/b/encoder.pt \\
       mfcc=build/features/moods/mfcc.npz --data moods moods-quadrants --out judged.json
@@ -59,8 +59,8 @@ def judge(paths, sets, args) -> dict:
             row[f"{clips.name}"] = f"{scores['accuracy']:.1f}"
         else:
             row[f"{clips.name}: ROC / PR"] = f"{scores['ROC']:.1f} / {scores['PR']:.1f}"
-            some = [i for i, tag in enumerate(clips.tags) if args.only and tag.startswith(args.only)]
-            if some:
+            only = args.only or "\0"  # which no tag begins with
+            if some := [i for i, tag in enumerate(clips.tags) if tag.startswith(only)]:
                 scores = small.cross_validate(x, clips, index, args.divisions, some)
                 row[f"{args.only}*: ROC / PR"] = f"{scores['ROC']:.1f} / {scores['PR']:.1f}"
         near = neighbours.neighbours(x, clips.labels[index], clips.group[index],
@@ -105,10 +105,12 @@ def main():
     except (OSError, ValueError) as error:
         parser.error(str(error))
     which = "all clips" if args.all else "the train and valid clips"
-    caption = (f"5-fold cross-validation over {which} of {' and '.join(args.data)}, no artist in two "
-               f"folds, means of {args.divisions} divisions; percent. Logistic regression on "
-               f"standardised clip means ({args.features}), its C the best of six for each row alike")
-    common.write({"caption": caption, "table": table}, args.out)
+    caption = (f"5-fold cross-validation over {which} of {' and '.join(args.data)}, no artist in "
+               f"two folds, means of {args.divisions} divisions; percent. Logistic regression on "
+               f"standardised clip means ({args.features}), its C the best of six for each row")
+    common.write({"caption": caption, "command": common.command_line(__file__),
+                  "machine": common.machine(), "versions": model.versions(), "table": table},
+                 args.out)
 
 
 if __name__ == "__main__":
