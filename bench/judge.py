@@ -14,7 +14,6 @@ features, how alike their labels are (other artists' alone) and how many of its 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -17,7 +17,7 @@ import numpy as np
 import prepare
 
 from library import listen
-from library.network import Network, default, load_network
+from library.network import Network, load_network
 from library.store import About, Song, Store
 from library.terminal import Stop, as_json, clock, print_json, printable, progress, report_failures
 

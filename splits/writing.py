@@ -125,10 +125,6 @@ def _sample(clips):
     return digest.hexdigest()[:16]
 
 
-def _bytes(name):
-    return name.encode("utf-8", "surrogateescape")
-
-
 @contextlib.contextmanager
 def _locked(folder, out):
     """Hold the folder's lock; FileExistsError where another run holds it."""

@@ -7,20 +7,23 @@ train / 6 valid / 6 test
 `python`       the interpreter
 `run`          run(["prepare.py", "--data", ...], **kwargs of subprocess.run) -> CompletedProcess,
 text, one thread
+`interrupt`    interrupt(command, library) -> (exit code, what it printed), Ctrl-C as soon as it has
+that library in memory
 `on_a_gpu`     on_a_gpu(main, ["--data", ...]) -> (exit code, the PretendGpu), a script's main on
 a pretend GPU
 """
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,6 +78,20 @@ def run():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def interrupt():
+    def interrupt(command, library):
+        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT,
+                                   env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        while library.encode() not in Path(f"/proc/{process.pid}/maps").read_bytes():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+        return process.returncode, text
+    return interrupt
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -482,13 +479,6 @@ def test_what_ships_can_be_evaluated(tmp_path, run):
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "transfer.py"])
-def test_ctrl_c_during_the_imports_is_silent(checkpoint, tiny_data, script):
+def test_ctrl_c_during_the_imports_is_silent(checkpoint, tiny_data, script, interrupt):
     command = [sys.executable, str(ROOT / script), "--ckpt", str(checkpoint), "--data", tiny_data]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    while b"numpy" not in Path(f"/proc/{process.pid}/maps").read_bytes():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert text == ""
+    assert interrupt(command, "numpy") == (-signal.SIGINT, "")

@@ -1,7 +1,6 @@
 """Where tensors live and when the host waits, on a pretend GPU (pretend_gpu.py): this needs no
 GPU, and one that is there is not used."""
 
-import numpy as np
 import pytest
 import torch
 

@@ -1,6 +1,5 @@
 """model.py's Levels, tagger.pt, and what the command makes of them; ONNX, where installed."""
 
-import copy
 import importlib.util
 import json
 import sys

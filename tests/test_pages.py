@@ -4,7 +4,6 @@ import argparse
 import ast
 import importlib
 import importlib.util
-import json
 import re
 import shlex
 import subprocess

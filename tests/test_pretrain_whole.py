@@ -9,8 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ import torch
 
 import prepare
 import pretrain
-from pretraining import QUIET, ROOT, TOY, checkpoint, command, read_log, script
+from pretraining import QUIET, TOY, checkpoint, command, read_log, script
 from training import journal, processes
 
 
@@ -128,16 +126,9 @@ def test_a_run_goes_on_when_its_reader_leaves(tmp_path, tiny_data):
     assert read_log(tmp_path)[-1]["done"]
 
 
-def test_ctrl_c_during_the_imports_is_silent_and_leaves_nothing(tmp_path, tiny_data):
+def test_ctrl_c_during_the_imports_is_silent_and_leaves_nothing(tmp_path, tiny_data, interrupt):
     flags = ["--data", tiny_data, *TOY, "--out", tmp_path / "run"]
-    process = subprocess.Popen(script(flags), env={**os.environ, **QUIET}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while b"torch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
-    assert text == ""
+    assert interrupt(script(flags), "torch") == (-signal.SIGINT, "")
     assert not (tmp_path / "run").exists()
 
 
