@@ -50,7 +50,6 @@ METRICS = {"multilabel": {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC",
            "singlelabel": {"accuracy": "accuracy"}}
 LOSS = {"multilabel": nn.functional.binary_cross_entropy_with_logits,
         "singlelabel": nn.functional.cross_entropy}
-DTYPE = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Protocol:
@@ -294,7 +293,7 @@ def fit_lbfgs(training: Windows, valid: Windows, task: str = "multilabel", proto
     LogisticRegression(C), for all tags at once, with the strength C that is best in validation.
     As `fit_probe`; the optimum needs neither protocol nor seed."""
     centre = training.x.mean(0)
-    scale = training.x.std(0).clamp_min(1e-6)
+    scale = training.x.std(0, correction=min(1, len(training.x) - 1)).clamp_min(1e-6)
     z = (training.x - centre) / scale
     y = training.y.float()
     n = y.numel() if task == "multilabel" else len(y)
@@ -443,15 +442,15 @@ def features_of(encoder: nn.Module, clips, data: dict[str, Windows], protocol: P
     model = import_module("model")
     device = model.choose_device(protocol.device)
     amp = model.choose_amp(device, protocol.amp)
-    key = [2, model.weights_sha256(encoder), encoder.name, encoder.sizes, clips.fingerprint, amp]
+    key = [3, model.weights_sha256(encoder), encoder.name, encoder.sizes, clips.fingerprint, amp]
     kept = import_module("evaluation.store").Kept(clips.folder / "features", key)
     found = kept.read()
     if found is None:
-        fast = model.fold_batch_norm(encoder).to(device, DTYPE[amp])
+        fast = model.fold_batch_norm(encoder).to(device)
         batch_size = 16 if device.type == "cpu" else 256
-        size = encoder.input_samples
-        found = {split: embed(fast, crops(clips, of, size, batch_size), len(of.clip))
-                 for split, of in data.items()}
+        with model.autocast(device, amp):
+            found = {split: embed(fast, crops(clips, of, encoder.input_samples, batch_size),
+                                  len(of.clip)) for split, of in data.items()}
         kept.write(found)
     return {split: replace(of, x=found[split]) for split, of in data.items()}
 
@@ -518,7 +517,7 @@ def run(encoder: nn.Module, info: dict, clips, protocol: Protocol) -> tuple[dict
         results += evaluate(fit, clips, data, protocol, ("supervised", "end to end"))
     if any(model.weights_sha256(net) != sha256[name] for name, net in frozen.items()):
         raise RuntimeError("an encoder changed while it was evaluated: it was not frozen")
-    for control in [name for name in features if name != results[0].row["model"]]:
+    for control in [name for name in features if name in ("untrained", *list(features)[1:])]:
         import_module("evaluation.intervals").compare(results, control)
     record = import_module("results.tables").of_evaluation(
         results, METRICS[clips.task], clips, next(iter(features.values()), data))
@@ -628,21 +627,22 @@ def main(argv=None):
             clips = load(args.data) if args.data else command.trained_on(info, load)
         except FileNotFoundError as error:
             parser.error(f"--data {error}")
+        home = command.home_of(args.ckpt)
+        paths = [args.out or home / command.file_name(clips.name, given)]
+        paths[0].parent.mkdir(parents=True, exist_ok=True)  # or not: said before hours of work
         record, results, _ = run(encoder, info, clips, protocol)
         record["argv"] = ["evaluate.py", *(sys.argv[1:] if argv is None else argv)]
         record["protocol"] |= {"ckpt": args.ckpt, "data": args.data}
-        home = command.home_of(args.ckpt)
-        paths = [args.out or home / command.file_name(clips.name, given)]
-        model.write_atomically(paths[0], tables.to_json(record).encode())
-        if args.ckpt:
+        with command.shown_at_last(tables.table(record), paths):
+            model.write_atomically(paths[0], tables.to_json(record).encode())
+            if not args.ckpt:
+                return 0
             best = max(results[: len(args.fraction)], key=lambda result: result.row["fraction"])
-            # a tagger by fewer labels must not replace one unasked
-            tagger = best.row["fraction"] == 1 or args.export is not None
+            tagger = best.row["fraction"] == 1 or args.export is not None  # fewer: not unasked
             if args.features == "levels":
                 encoder = model.Levels(encoder)
                 home = home / "levels"
             paths += export(encoder, best, clips, args.export or home, tagger)
-        print(tables.table(record), *paths, sep="\n")
         return 0
     return command.one_line("evaluate.py", work)
 

@@ -388,7 +388,7 @@ def weights_sha256(module: nn.Module) -> str:
     """sha256 over names, shapes and values of all parameters and buffers: an encoder's identity."""
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
-        value = value.float() if value.dtype == torch.half else value  # saved so, it loads as float
+        value = value.float() if value.is_floating_point() else value  # saved in any, loaded so
         digest.update(f"{key} {tuple(value.shape)} {value.dtype};".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -419,7 +419,7 @@ def _save(path, encoder, content):
 
 def save_encoder(path, encoder: nn.Module, **info):
     """Write the encoder file; `info`: at least sample_rate, method, step; plain values only."""
-    encoder = encoder.module if hasattr(encoder, "module") else encoder
+    encoder = getattr(encoder, "_orig_mod", getattr(encoder, "module", encoder))  # compiled; DDP
     _save(path, encoder, {"format": FORMAT, **_identity(encoder), **info})
 
 def load_encoder(path) -> tuple[nn.Module, dict]:

@@ -48,7 +48,6 @@ from torch.nn import functional as F
 
 CHECKPOINT = "clmr-checkpoint-1"  # the format
 
-
 # ------------------------------------------------------- The loss, over any number of processes
 
 
@@ -177,11 +176,11 @@ class Pairs:
         self.edges = np.concatenate([[0], np.cumsum(length[self.clip] - n + 1)])
         self.bounds = self.edges[np.append(first, len(self.clip))]
         self.songs = len(first)
-        if batch_size < 2:
-            raise ValueError(f"--batch-size {batch_size}: negatives are other pairs, so at least 2")
         if self.songs < 2:
             raise ValueError(f"expected at least 2 songs with at least {n} samples, found "
                              f"{self.songs} (the segments of a file are one song): add music")
+        if batch_size < 2:
+            raise ValueError(f"--batch-size {batch_size}: negatives are other pairs, so at least 2")
         if self.songs < batch_size:
             raise ValueError(f"--batch-size {batch_size}: no batch holds a song twice, and only "
                              f"{self.songs} have {n} samples; type --batch-size {self.songs}")
@@ -298,7 +297,7 @@ def load_checkpoint(path) -> dict | None:
             continue
         if damaged and world()[0] == 0:
             print(f"pretrain.py: {damaged[0]}; continuing from {candidate} (step "
-                  f"{content['step']})", file=sys.stderr)
+                  f"{content.get('step')})", file=sys.stderr)
             os.replace(path, path.with_suffix(".damaged"))
         return content
     if damaged:
@@ -424,7 +423,6 @@ class Run:
     """A run: what it hears, its learner, optimiser and scaler, and the step they are at."""
 
     def __init__(self, settings: Settings, clips, valid, device, amp: str):
-        augment = import_module("augment")
         model = import_module("model")
         self.settings = s = settings
         self.clips = clips
@@ -447,7 +445,7 @@ class Run:
         self.smaller_batch = s.batch_size is None and songs < usual
         s.batch_size = s.batch_size or min(usual, songs) // world()[1] * world()[1]
         self.pairs = Pairs(clips.length, clips.group, n, s.batch_size, s.seed, s.positives)
-        self.chain = augment.Chain(clips.sample_rate, s.transforms, s.probability)
+        self.chain = import_module("augment").Chain(clips.sample_rate, s.transforms, s.probability)
         self.total = s.max_steps or s.epochs * self.pairs.steps_per_epoch
         name = clips.name.replace("/", "-").replace("\\", "-").lstrip(".")
         self.folder = Path(s.out or Path("runs") / name)
@@ -599,6 +597,8 @@ def open_run(s: Settings, device) -> tuple[Run, dict]:
         import_module("augment").Chain(prepare.SAMPLE_RATE, s.transforms, s.probability)  # names?
         if s.encoder not in model.ENCODERS:
             raise ValueError(f"--encoder {s.encoder}: there are {', '.join(model.ENCODERS)}")
+        if s.recompute and not hasattr(model.ENCODERS[s.encoder], "recompute"):
+            raise ValueError(f"--recompute: {s.encoder} has no such way; leave it out")
     except (ValueError, OSError) as error:
         raise processes.Stop(str(error), code=2) from None
     clips, valid = (prepare.Clips(folders, split) for split in ("train", "valid"))

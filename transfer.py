@@ -66,7 +66,8 @@ def mark(info: dict, target, load: Callable) -> dict:
     if info.get("fingerprint") == target.fingerprint:
         trained = int((target.split == 0).sum())
         return {"status": "same data", "heard": 0, "trained": trained, "shared": len(target)}
-    for name in (info.get("data_folder"), info.get("data")):
+    folders = info.get("data_folder") or ""  # of several see evaluation/command.py
+    for name in filter(None, (folders, tuple(folders.split()), info.get("data"))):
         with contextlib.suppress(KeyError, TypeError, ValueError, OSError):
             source = load(name)
             # else the folder of that name is another one now
@@ -222,7 +223,8 @@ def cell_pictures(folder: Path, encoder, test, scores: np.ndarray, clips):
     picture(folder / "curves.png", lambda axes: pr_curves(axes, scores, labels, clips.tags))
     if len(labels) > 2:
         picture(folder / "tsne.png", lambda axes: tsne(axes, test.x.numpy(), labels, clips.tags))
-    picture(folder / "filters.png", lambda axes: filters(axes, first, clips.sample_rate))
+    if first.size == len(first) * first.shape[-1]:  # of audio, not of a spectrogram
+        picture(folder / "filters.png", lambda axes: filters(axes, first, clips.sample_rate))
 
 # --- program: what follows imports the siblings it needs when it is called, by name, so that this
 # file, copied alone, can be imported.
@@ -239,6 +241,8 @@ def read_sources(named: dict[str, str], random: bool) -> list[tuple]:
         name = "untrained"
         if len(kinds) > 1:
             name = f"untrained {kind}, width {encoder.sizes['width']:g}"
+        if name in [row[0] for row in rows]:  # of the same width, but not the same
+            name += f", {', '.join(f'{key} {value}' for key, value in encoder.sizes.items())}"
         rows.append((name, encoder, {}))
     return rows
 
@@ -264,10 +268,10 @@ def cell_of(source: tuple, clips, protocol, plots: Path | None) -> dict:
             "text": {metric: tables.cell(row, metric) for metric in row["mean"]}}
 
 @functools.cache
-def load_data(name: str):
-    """The prepared data of a name under data/, or a path."""
+def load_data(name):
+    """The prepared data of a name under data/, or a path, or of several in a tuple, as one set."""
     prepare = import_module("prepare")
-    return prepare.Clips(prepare.find(name))
+    return prepare.Clips([prepare.find(one) for one in np.atleast_1d(name)])
 
 def write_grid(cells: list[dict], metrics: dict[str, dict], out: Path, how: dict) -> dict:
     """The JSON of all cells, whose table shows the first two metrics of each target, and those of
@@ -285,8 +289,8 @@ def write_grid(cells: list[dict], metrics: dict[str, dict], out: Path, how: dict
     result = {"kind": "transfer", "caption": caption, "table": grid(cells, columns), **how,
               "versions": model.versions(), "code": model.code_version(), "targets": data,
               "cells": cells}
-    model.write_atomically(out, tables.to_json(result).encode())
-    print(tables.table(result))
+    with import_module("evaluation.command").shown_at_last(tables.table(result)):
+        model.write_atomically(out, tables.to_json(result).encode())
     return shown
 
 def draw_grid(cells: list[dict], shown: dict[str, dict], out: Path):
@@ -343,6 +347,7 @@ def check(parser, args, sources):
             (not 0 < args.fraction <= 1, "--fraction is in (0, 1]"),
             (min(args.hidden) < 0 or min(args.seeds, args.min_steps) < 1,
              "--seeds and --min-steps are at least 1, --hidden 0"),
+            (args.neighbours < 0, "--neighbours is at least 0"),
             (args.probe != "adam" and any(args.hidden),
              "--hidden is of the probe adam: leave it out"),
             (args.out.is_dir(), f"--out: {args.out} is a folder"),
@@ -390,6 +395,8 @@ def main(argv=None):
             for _, encoder, info in rows:
                 command.require_fit(info, clips)
                 evaluate.cut(clips, encoder.input_samples)
+                if args.features == "levels":
+                    model.Levels(encoder)  # it says so where there are none
         protocol = protocol_of(args, evaluate.Protocol)
         cells = [cell_of(row, clips, replace(protocol, hidden=hidden), args.plots)
                  for clips in targets.values() for row in rows for hidden in args.hidden]

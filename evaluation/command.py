@@ -1,9 +1,10 @@
 """The command around an evaluation: which data, which files, and how it ends."""
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ def check(parser, args, given: dict, encoders):
     as by default; encoders: the kinds that there are."""
     missing = [str(path) for path in (args.ckpt, *args.features_from) if path and not path.exists()]
     numbers = [args.seeds, args.epochs, args.min_steps, args.batch_size, args.hidden + 1]
+    names = [path.stem for path in args.features_from]
     for wrong, what in (
+            (len({*names, "untrained"}) <= len(names), "--features-from: a row is named after its "
+             f"file: expected different names, none of them untrained, got {', '.join(names)}"),
             (missing, f"{', '.join(missing)}: no such file"),
             (not (args.ckpt or args.random or args.supervised or args.features_from),
              "type --ckpt runs/NAME/encoder.pt"),
@@ -26,6 +30,7 @@ def check(parser, args, given: dict, encoders):
             (args.encoder not in encoders, f"--encoder: there are {', '.join(encoders)}"),
             (args.ckpt and given.keys() & {"encoder", "width"},
              "--ckpt says what encoder it is: leave out --encoder, --width"),
+            (not 0 < args.width < math.inf, "--width is a number above 0, e.g. 0.125"),
             (args.out and args.out.is_dir(), f"--out: {args.out} is a folder"),
             (min(n for n in numbers if n is not None) < 1 or args.neighbours < 0,
              "--seeds, --epochs ... are at least 1")):
@@ -89,6 +94,15 @@ def tagger_name(folder: Path, data: str) -> str:
     except (OSError, ValueError, KeyError):
         return "tagger"
     return "tagger" if other == data else f"tagger-{data}"
+
+@contextlib.contextmanager
+def shown_at_last(table: str, paths: Sequence[Path] = ()):
+    """Write the files of a result in this context: whether they can be written or not, its table is
+    printed; whether anybody reads that or not, they are written. paths: those to name, if there."""
+    try:
+        yield
+    finally:
+        print(table, *(path for path in paths if path.exists()), sep="\n")
 
 def one_line(program: str, work: Callable) -> int:
     """The exit code of work(); of what goes wrong one line on stderr, and no traceback. A bug keeps

@@ -1,4 +1,5 @@
 """Features on the disk: those kept for the next time, and those that others made."""
+import contextlib
 import hashlib
 import json
 import os
@@ -44,7 +45,8 @@ class Kept:
             np.savez(partial, **tensors)
             partial.replace(self.path)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a read-only disk not even that
+                partial.unlink()
 
 def read_features(path, clips) -> tuple[Tensor, np.ndarray]:
     """Features that others made of a prepared data set: a npz file with `features` (n, D) and `id`

@@ -222,7 +222,7 @@ def write(kind: str, module: Exported, path: Path, info: dict, save: Callable) -
     Returns: the sidecar, with `max_difference` to eager relative to the output's scale (None where
         nothing could be compared); it is written beside the file, too.
     Raises: ExportError if that is above 1e-4."""
-    module = copy.deepcopy(module).cpu().float().eval()
+    module = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     folded = fold_batch_norm(module)
     sidecar = {**module.describe(), "versions": versions(), **info}
     writer = {"torchscript": torchscript, "program": program, "onnx": onnx}[kind]

@@ -4,6 +4,7 @@ The plain way, model.py without this file: torch.load(weights_only=True), which 
 and refuses the classes that the authors' checkpoints hold beside the weights.
 """
 import pickle
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -69,8 +70,16 @@ def check_info(content: dict):
         if kind and not isinstance(value, (kind, type(None))):
             raise ValueError(f"damaged, or made by hand: {key} is no {kind.__name__}")
         texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and not text.isprintable() for text in texts):
+        if any(isinstance(text, str) and any(map(steers, text)) for text in texts):
             raise ValueError(f"damaged, or made by hand: {key} holds control characters")
+
+
+def steers(letter: str) -> bool:
+    """Would it move a terminal's cursor, or turn what stands around it? Other letters that cannot
+    be seen are part of names: a no-break space, what joins emoji, bytes that are not UTF-8."""
+    turning = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return (unicodedata.category(letter) in ("Cc", "Zl", "Zp")
+            or unicodedata.bidirectional(letter) in turning)
 
 
 def check_weights(state: dict, wanted: dict, what: str):

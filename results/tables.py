@@ -97,11 +97,13 @@ def table(result: dict) -> str:
 
 
 def to_json(result: dict) -> str:
-    """A result as text: arrays as lists, NaN as null, floats to six digits."""
+    """A result as text: arrays as lists, NaN as null, floats to six digits; of names that are not
+    UTF-8 the bytes as escapes."""
     text = json.dumps(result, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
     short = json.loads(text, parse_constant=lambda _: None,
                        parse_float=lambda digits: float(f"{float(digits):.6g}"))
-    return json.dumps(short, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(short, indent=1, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read(path) -> dict:

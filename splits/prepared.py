@@ -91,7 +91,12 @@ def _checksum(meta):
 
 
 def join(folders: list[Path], metas: list[dict]) -> dict:
-    """One meta for several folders that count as one set."""
+    """One meta for several folders that count as one set; ValueError for one that comes twice, for
+    each of its songs would be another song than itself."""
+    prints = [meta["fingerprint"] for meta in metas]
+    if twice := [str(f) for f, one in zip(folders, prints) if prints.count(one) > 1]:
+        raise ValueError(f"expected different music in each folder, got the same in "
+                         f"{' and '.join(twice)}; leave all but one out")
     rates = {meta["sample_rate"] for meta in metas}
     if len(rates) > 1:
         found = [f"{folder}: {meta['sample_rate']} Hz" for folder, meta in zip(folders, metas)]
@@ -99,7 +104,7 @@ def join(folders: list[Path], metas: list[dict]) -> dict:
                          "them again with one --sample-rate")
     labels = (metas[0]["task"], metas[0]["tags"])
     labelled = all((meta["task"], meta["tags"]) == labels for meta in metas)
-    digest = hashlib.sha256(json.dumps([meta["fingerprint"] for meta in metas]).encode())
+    digest = hashlib.sha256(json.dumps(prints).encode())
     joined = {"name": "+".join(meta["name"] for meta in metas), "sample_rate": rates.pop(),
               "task": metas[0]["task"] if labelled else "none",
               "tags": metas[0]["tags"] if labelled else [], "fingerprint": digest.hexdigest(),

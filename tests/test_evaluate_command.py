@@ -1,10 +1,13 @@
 """evaluate.py as a user runs it: what it writes, what it leaves alone, what it says."""
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ import evaluate
 import model
 import prepare
 from conftest import ROOT
-from evaluation import command
+from evaluation import command, store
 
 torch.set_num_threads(1)
 FEW = ["--min-steps", "5", "--epochs", "8"]  # a probe need not be good to be tested
@@ -183,6 +186,12 @@ def test_encoder_ts_works_without_this_repository(loaded):
     assert frames.shape == (1, *h.shape)
 
 
+@pytest.mark.parametrize("name", ["encoder.ts", "tagger.ts"])
+def test_an_exported_network_keeps_nothing_for_a_backward_pass(evaluated, checkpoint, name):
+    network = torch.jit.load(checkpoint.parent / name)
+    assert not network(torch.zeros(1, 1, network.input_samples)).requires_grad
+
+
 def test_tagger_ts_works_without_this_repository(loaded, tiny_data):
     got, _, printed, _ = loaded("tagger.ts")
     assert got.shape == (1, 4)
@@ -327,6 +336,26 @@ def test_features_made_elsewhere_are_scored_by_the_same_protocol(
     assert difference["interval"][0] <= difference["mean"] <= difference["interval"][1]
 
 
+def test_features_of_one_name_are_refused_before_one_hides_the_other(
+        checkpoint, made_elsewhere, tmp_path, capsys):
+    twin = tmp_path / "twin" / made_elsewhere.name
+    twin.parent.mkdir()
+    twin.write_bytes(made_elsewhere.read_bytes())
+    for names in ([made_elsewhere, twin], [made_elsewhere.rename(tmp_path / "untrained.npz")]):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--ckpt", str(checkpoint), "--features-from", *map(str, names)])
+        assert "different names" in capsys.readouterr().err
+
+
+def test_without_an_encoder_file_the_control_is_compared_with(
+        tiny_data, made_elsewhere, tmp_path):
+    result = evaluation(tmp_path, "--data", tiny_data, "--random", "--width", WIDTH,
+                        "--features-from", made_elsewhere, *LOGISTIC)
+    control, oracle = result["results"]
+    assert control["model"] == "untrained" and "over_oracle" in control
+    assert oracle["over_untrained"]["roc_auc"]["mean"] > 0
+
+
 def test_features_made_elsewhere_need_no_encoder(tiny_data, made_elsewhere, tmp_path):
     result = evaluation(tmp_path, "--data", tiny_data, "--features-from", made_elsewhere, *LBFGS,
                         "--neighbours", 3)
@@ -376,6 +405,62 @@ def test_neighbours_stand_beside_the_other_metrics(checkpoint, tmp_path):
     assert "labels@5" in result["table"][0]
 
 
+# ----------------------------------------------------------------------------- what may go wrong
+
+@pytest.mark.parametrize("name", ["samplecnn", "melcnn"])
+def test_half_precision_is_near_to_full(tiny_data, tmp_path, name):
+    torch.manual_seed(0)
+    path = tmp_path / "encoder.pt"
+    encoder = model.build_encoder(name, width=1 / 8)
+    model.save_encoder(path, encoder, sample_rate=22050, method="clmr", step=1)
+    clips = prepare.Clips(tiny_data)
+    data = evaluate.cut(clips, encoder.input_samples)
+    full, half = (evaluate.features_of(model.load_encoder(path)[0], clips, data,
+                                       evaluate.Protocol(device="cpu", amp=amp))["test"].x
+                  for amp in ("off", "bf16"))
+    assert 0 < (half - full).norm() / full.norm() < 0.05
+
+
+def test_one_training_clip_is_enough_for_the_optimum(checkpoint, tmp_path):
+    result = evaluation(tmp_path, "--ckpt", checkpoint, "--fraction", 0.01, *LOGISTIC)
+    assert result["results"][0]["runs"][0]["clips"] == 1
+
+
+def test_features_that_cannot_be_kept_are_computed_all_the_same(tmp_path, monkeypatch):
+    """A read-only disk refuses to write, and to remove what is not there."""
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(np, "savez", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store.Kept(tmp_path, ["a key"]).write({"x": torch.zeros(1)})
+
+
+def test_a_place_that_cannot_be_is_said_before_the_work(checkpoint, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("it worked"))
+    (tmp_path / "a file").touch()
+    flags = ["--ckpt", str(checkpoint), "--out", str(tmp_path / "a file/below.json")]
+    assert evaluate.main(flags) == 1
+    assert "a file" in capsys.readouterr().err
+
+
+def test_numbers_are_seen_where_they_cannot_be_written(checkpoint, monkeypatch, capsys, tmp_path):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(model, "write_atomically", refuse)
+    assert evaluate.main(["--ckpt", str(checkpoint), *LOGISTIC,
+                          "--out", str(tmp_path / "result.json")]) == 1
+    told = capsys.readouterr()
+    assert "PR-AUC" in told.out and "No space left" in told.err
+
+
+def test_a_path_that_is_not_utf8_is_written_as_escapes(checkpoint, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    odd.mkdir()
+    shutil.copy(checkpoint, odd / "encoder.pt")
+    result = evaluation(tmp_path, "--ckpt", odd / "encoder.pt", *LOGISTIC)
+    assert "caf\udce9" in result["protocol"]["ckpt"]
+
+
 # ------------------------------------------------------------------------------------ what it says
 
 @pytest.mark.parametrize("flags, code, says", [
@@ -388,6 +473,7 @@ def test_neighbours_stand_beside_the_other_metrics(checkpoint, tmp_path):
     (["--random", "--data", "x", "--seeds", "0"], 2, "at least 1"),
     (["--random", "--data", "x", "--min-steps", "0"], 2, "at least 1"),
     (["--random", "--data", "x", "--encoder", "resnet"], 2, "samplecnn-large"),
+    (["--random", "--data", "x", "--width", "inf"], 2, "--width"),
     (["--ckpt", __file__, "--data", "x", "--width", "0.5"], 2, "--width"),
     (["--ckpt", __file__, "--data", "x"], 1, "cannot be read"),
 ])

@@ -178,6 +178,33 @@ def test_an_encoder_saved_in_half_precision_is_read_in_full(tmp_path):
     assert sizes["half"] < 0.6 * sizes["full"]
 
 
+@pytest.mark.parametrize("changed", [
+    lambda encoder: encoder.bfloat16(), lambda encoder: encoder.double(), torch.compile,
+    torch.nn.DataParallel], ids=["bfloat16", "float64", "compiled", "wrapped"])
+def test_an_encoder_in_any_precision_or_wrapping_is_read_again(tmp_path, changed):
+    model.save_encoder(tmp_path / "encoder.pt", changed(model.SampleCNN(width=1 / 16)),
+                       sample_rate=22050, method="clmr", step=0)
+    loaded, _ = model.load_encoder(tmp_path / "encoder.pt")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["Musik\u00a0Sammlung", "\u3000", "a\u200db", "caf\udce9"])
+def test_a_name_in_any_letters_is_no_damage(tmp_path, name):
+    path = tmp_path / "encoder.pt"
+    model.save_encoder(path, model.SampleCNN(width=1 / 16), sample_rate=22050, method="clmr",
+                       step=0, data=name)
+    assert model.load_encoder(path)[1]["data"] == name
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\u202eb", "a\nb", "a\u2066b"])
+def test_a_name_that_would_steer_the_terminal_is_refused(tmp_path, name):
+    path = tmp_path / "encoder.pt"
+    model.save_encoder(path, model.SampleCNN(width=1 / 16), sample_rate=22050, method="clmr",
+                       step=0, data=name)
+    with pytest.raises(ValueError, match="control characters"):
+        model.load_encoder(path)
+
+
 def test_the_encoder_refuses_what_it_would_misread():
     encoder = model.SampleCNN(width=0.0625).eval()
     for shape in [(1, 1, 59048), (1, 2, 59049), (1, 59049)]:

@@ -354,6 +354,11 @@ def test_folders_of_other_tags_count_without_labels(two_folders, tmp_path):
     assert (mixed.task, mixed.tags, mixed.labels.shape) == ("none", [], (6, 0))
 
 
+def test_one_folder_twice_is_refused(two_folders):
+    with pytest.raises(ValueError, match="the same in"):
+        prepare.Clips([*two_folders, two_folders[0]])
+
+
 def test_folders_of_other_sample_rates_are_refused(two_folders, tmp_path):
     quietly(prepare.read_folder(songs(tmp_path / "in", 2)), tmp_path / "out", sample_rate=16000)
     with pytest.raises(ValueError, match="one sample rate, found .*22050 Hz, .*16000 Hz"):

@@ -99,6 +99,7 @@ BAD = [
     (["--data", "TINY", "--method", "cpc", "--encoder", "samplecnn"], 2, "cpc"),
     (["--data", "TINY", "--method", "cpc", "--temperature", "0.1"], 2, "--temperature"),
     (["--data", "TINY", "--transforms", "gain", "--probability", "reverb=1"], 2, "reverb"),
+    (["--data", "TINY", "--encoder", "melcnn", "--recompute", "3"], 2, "--recompute"),
     (["--data", "TINY", "--lr", "0"], 2, "--lr"),
     (["--data", "TINY", "--temp", "0.1"], 2, "--temp"),
     ([], 2, "--data"),

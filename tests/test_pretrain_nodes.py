@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pretraining import (QUIET, ROOT, TOY, assert_same, command, free_port, read_log,
                          run_to_its_end, start, wait_for_step)
@@ -189,6 +190,44 @@ def lock(tmp_path):
     lock = processes.Lock(tmp_path)
     yield lock
     lock.close()
+
+
+def test_the_clock_of_a_lost_process_starts_with_the_first_exchange(tmp_path, monkeypatch):
+    """Not while samples are read into a GPU's memory, which takes as long as it takes."""
+    ended = []
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
+    monkeypatch.setattr(processes.Watch, "loss", lambda watch: "it is lost")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with processes.Watch(-0.49, lambda: ""):  # -0.49 min + 30 s: 0.6 s
+            time.sleep(2.5)
+            assert not ended
+            dist.all_reduce(torch.zeros(1))
+            for _ in range(100):
+                time.sleep(0 if ended else 0.1)
+        assert ended
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_lock_that_its_holder_took_away_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """A opens; the holder leaves, and with it the file; A must not hold a file that nobody sees."""
+    holder, later = processes.Lock(tmp_path), processes.Lock(tmp_path)
+    holder.take()
+    flock = processes.fcntl.flock
+
+    def leave_first(file, how):
+        if holder.file:
+            holder.close()
+            holder.file = None
+        flock(file, how)
+
+    monkeypatch.setattr(processes.fcntl, "flock", leave_first)
+    later.take()
+    with pytest.raises(ValueError, match="is being trained"):
+        processes.Lock(tmp_path).take()
+    later.close()
 
 
 def test_a_second_run_into_a_folder_names_the_first(lock, command, flags):

@@ -64,9 +64,10 @@ def test_positives_of_a_clip_share_it(make):
         assert (clip[:, 0] == clip[:, 1]).all()
 
 
-def test_one_song_is_too_few():
+@pytest.mark.parametrize("batch_size", [7, 1])
+def test_one_song_is_too_few(batch_size):
     with pytest.raises(ValueError, match="at least 2 songs with at least 10 samples, found 1"):
-        pretrain.Pairs([50, 50], [3, 3], 10, 7, 0)
+        pretrain.Pairs([50, 50], [3, 3], 10, batch_size, 0)
 
 
 def test_every_start_of_a_song_is_equally_likely():

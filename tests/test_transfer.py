@@ -52,7 +52,8 @@ def target():
 
 
 def load(name):
-    return {"s": Data([1, 2, 3, 4], [0, 0, 1, 2], "source")}[name]
+    source = Data([1, 2, 3, 4], [0, 0, 1, 2], "source")
+    return {"s": source, ("s", "s"): source}[name]
 
 
 def test_a_source_of_the_same_data_is_marked(target):
@@ -67,7 +68,8 @@ def test_test_clips_that_were_heard_are_counted(target):
 
 
 @pytest.mark.parametrize("where", [
-    {"data": "s"}, {"data": "gone", "data_folder": "s"}], ids=["by its name", "in its folder"])
+    {"data": "s"}, {"data": "gone", "data_folder": "s"}, {"data": "gone", "data_folder": "s s"}],
+    ids=["by its name", "in its folder", "in its folders"])
 def test_training_clips_that_were_heard_are_counted(target, where):
     target.split[:2] = 0
     info = {"fingerprint": "source", **where}
@@ -159,6 +161,26 @@ def test_every_kind_of_encoder_has_its_own_control(tiny_data, tiny_single, tmp_p
         ("untrained cpc, width 0.015625", "cpc")}
 
 
+def test_controls_of_one_width_but_other_sizes_have_rows_of_their_own(tmp_path):
+    for branches in (1, 2):
+        path = tmp_path / f"{branches}.pt"
+        encoder = model.MelCNN(1 / 8, branches=branches)
+        model.save_encoder(path, encoder, sample_rate=22050, method="clmr", step=1)
+    named = {str(n): tmp_path / f"{n}.pt" for n in (1, 2)}
+    names = [name for name, *_ in transfer.read_sources(named, random=True)]
+    assert len(set(names)) == 4 and "branches 2" in names[3]
+
+
+def test_a_network_without_blocks_is_refused_before_the_first_cell(tiny_data, tmp_path, capsys):
+    save_encoder(tmp_path / "a.pt")
+    save_encoder(tmp_path / "b.pt", encoder="cpc", width=1 / 64)
+    argv = ["--ckpt", f"A={tmp_path / 'a.pt'}", f"B={tmp_path / 'b.pt'}", "--features", "levels",
+            "--data", str(tiny_data), *FEW, "--out", str(tmp_path / "t.json")]
+    assert transfer.main(argv) == 1
+    told = capsys.readouterr().err
+    assert "no blocks" in told and "hidden units" not in told
+
+
 def test_levels_a_probe_of_clips_and_neighbours_in_the_grid(tiny_data, tmp_path):
     save_encoder(tmp_path / "a.pt")
     argv = ["--ckpt", f"A={tmp_path / 'a.pt'}", "--data", str(tiny_data), "--random", "--probe",
@@ -241,6 +263,7 @@ def test_first_layer_filters_are_sorted_by_centre_frequency():
     (["--random", "--data", "x", "--fraction", "2"], 2, "(0, 1]"),
     (["--random", "--data", "x", "--hidden", "4", "--probe", "lbfgs"], 2, "--hidden"),
     (["--random", "--data", "x", "--out", "."], 2, "folder"),
+    (["--random", "--data", "x", "--neighbours", "-1"], 2, "--neighbours"),
     (["--results", __file__, "--plots", "p"], 1, "transfer.py: error"),
 ])
 def test_bad_commands_get_one_line(flags, code, says, capsys):

@@ -9,6 +9,7 @@ it; no number depends on it.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -208,7 +209,7 @@ class Watch:
             dist.all_reduce = self.timed
             self.store = dist.distributed_c10d._get_default_store().clone()
             self.store.set(f"node {rank()}", NODE)
-            self.last_step = time.monotonic()
+            self.last_step = math.inf  # the first exchange starts the clock, not what comes before
             threading.Thread(target=self.pulse, daemon=True).start()
         if self.agent and sys.platform == "linux":
             pr_set_pdeathsig = 1  # when torchrun's agent dies, which started this process
@@ -230,6 +231,7 @@ class Watch:
     def timed(self, *args, **kwargs):
         """dist.all_reduce, by the clock."""
         began = time.perf_counter()
+        self.last_step = min(self.last_step, time.monotonic())
         result = self.all_reduce(*args, **kwargs)
         self.waited += time.perf_counter() - began
         return result
@@ -317,6 +319,9 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = False
+            if os.fstat(file.fileno()).st_nlink == 0:  # its holder went, and took it away meanwhile
+                file.close()
+                return self.take()
         except BlockingIOError:
             taken = True
         except (OSError, AttributeError):  # no locks on this disk, or on this system
