@@ -171,15 +171,17 @@ def join(encoders) -> model.MelCNN:
     return joined.eval()
 
 
-def ship_joined(paths, out: Path):
-    """encoder.pt of encoders side by side; its step is the sum of theirs."""
+def ship_joined(paths, out: Path, half: bool):
+    """encoder.pt of encoders side by side; its step is the sum of theirs. half: their weights in
+    half precision, at half the size; model.load_encoder gives float32 all the same."""
     encoders, infos = zip(*(model.load_encoder(path) for path in paths))
     about = {"method": "clmr", "batch_size": BATCH, "sample_rate": infos[0]["sample_rate"]}
     about["step"] = sum(info["step"] for info in infos)
     about["data"] = " and ".join(info["data"] for info in infos)
     about["fingerprint"] = " ".join(info["fingerprint"] for info in infos)
     out.mkdir(parents=True, exist_ok=True)
-    model.save_encoder(out / "encoder.pt", join(encoders), **about)
+    joined = join(encoders)
+    model.save_encoder(out / "encoder.pt", joined.half() if half else joined, **about)
 
 
 def train(pool, seconds, out=None, share=0.0, masked=0.0, loss="nt-xent", temperature=0.2,
@@ -331,6 +333,7 @@ def build_parser():
     parser.add_argument("--seconds", type=float, default=240, help="of a core, for each variant")
     parser.add_argument("--ship", type=float, metavar="SECONDS", help="train what ships")
     parser.add_argument("--join", nargs="+", type=Path, help="encoders of one size, as branches")
+    parser.add_argument("--half", action="store_true", help="with --join: half precision")
     parser.add_argument("--seed", type=int, default=0, help="with --ship")
     parser.add_argument("--mask", type=float, default=0.0, help="with --ship: share of the bands")
     parser.add_argument("--width", type=float, default=1.0, help="with --ship: of the network")
@@ -354,7 +357,7 @@ def main():
         parser.error("type as many --weights as folders after --train")
     if args.join:
         try:
-            return ship_joined(args.join, args.out)
+            return ship_joined(args.join, args.out, args.half)
         except (OSError, ValueError) as error:
             parser.error(str(error))
     model.tune_allocator()
