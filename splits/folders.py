@@ -37,7 +37,7 @@ def audio_files(root, key: Callable[[Path], object]) -> Found:
     Found.
 
     A file that links reach several times stands there once. Raises ValueError where two files have
-    one key, FileNotFoundError where there are none.
+    one key, FileNotFoundError, which has `left_out` as well, where there are none.
     """
     found = Found()
     names = {}  # (device, inode) of a file -> its name
@@ -53,8 +53,10 @@ def audio_files(root, key: Callable[[Path], object]) -> Found:
         elif found.setdefault(name, path) != path and not os.path.samefile(found[name], path):
             raise ValueError(f"{found[name]} and {path} are both {name}: remove or rename one")
     if not found:
-        raise FileNotFoundError(f"{root}: expected audio files ({' '.join(sorted(AUDIO))}), "
-                                "found none")
+        error = FileNotFoundError(f"{root}: expected audio files ({' '.join(sorted(AUDIO))}), "
+                                  "found none")
+        error.left_out = found.left_out
+        raise error
     return found
 
 
