@@ -8,6 +8,7 @@
     duplicates.py   one recording in several files, as copies.py knows it
     tags.py         what a tagger hears
     embed.py        recordings -> npz
+    targets.py      where outcomes go, and what is done of them so far
     page.py         the collection as a map, one HTML file (map.html, with its songs)
     cli.py          what one types; terminal.py: what one sees
 It may import prepare and model; nobody imports it.

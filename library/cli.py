@@ -19,7 +19,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from library.terminal import Stop, WrongCommand, printable
+from library.terminal import USUAL, Stop, WrongCommand, printable, typed
 
 VERBS = {
     "index": ("index", "hear every song of a folder, once; again: only what is new or changed"),
@@ -47,6 +47,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if action.default is None or action.default is False:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
 
@@ -112,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="What one does with an encoder and a music collection.",
         usage="python -m library VERB [...]   (each verb has its own --help)",
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, prog="python -m library"
+    )
     made = {}
     for verb, (_, text) in VERBS.items():
         made[verb] = verbs.add_parser(
@@ -137,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "--library",
                 type=Path,
                 metavar="DIR",
-                default=[Path("library.clmr")],
+                default=[USUAL],
                 action=Folders,
                 nargs="+" if several else None,
                 help="the store" + "; several count as one" * bool(several),
@@ -221,7 +225,10 @@ def add_tag(parser):
     """Flags of tag."""
     parser.add_argument("paths", nargs="+", type=Path, metavar="SONG|FOLDER", help="what to tag")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="a row a song (default: of folders tags.csv)"
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="a row a song, never over a table of your own (default: of folders tags.csv)",
     )
     parser.add_argument(
         "--plot", action="store_true", help="also a picture over time, SONG.png in --out"
@@ -290,8 +297,7 @@ def check(args):
         if not path.is_dir():
             raise WrongCommand(
                 f"{path}: expected a folder with music; to hear one song type: python -m library "
-                "similar "
-                f"{path}"
+                f"similar {typed(path)}"
             )
 
 
@@ -305,6 +311,19 @@ def say(verb: str, text):
     """One line on stderr."""
     if sys.stderr:
         print(f"library {verb}: {printable(text)}", file=sys.stderr)
+
+
+def interrupted(args) -> str:
+    """What an interrupt cost."""
+    kept = args.verb in ("index", "embed") or args.verb == "tag" and tags_a_table(args)
+    if kept:
+        return "interrupted; all that is done is kept, the same command goes on"
+    return "interrupted; the same command begins anew"
+
+
+def tags_a_table(args) -> bool:
+    """Does a `tag` leave a table, in which it goes on?"""
+    return bool(import_module("library.tags").table_of(args)) and not args.plot
 
 
 def do(args) -> int:
@@ -327,7 +346,7 @@ def main(argv=None) -> int:
     try:
         return do(args)
     except KeyboardInterrupt:
-        say(args.verb, "interrupted; all that is done is kept, the same command goes on")
+        say(args.verb, interrupted(args))
         return 1
     except BrokenPipeError:  # `| head`
         give_up_output()

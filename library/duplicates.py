@@ -1,15 +1,19 @@
 """`duplicates`: one recording in several files; other masters of it are told apart by a score (see
 copies.py)."""
 
+import contextlib
 import csv
+import os
 from collections.abc import Iterator
 
 import numpy as np
 
 from library.search import ALIKE, Collection, as_entry, recording_score, same_length
 from library.store import Song
-from library.terminal import WrongCommand, clock, print_json, printable, table
+from library.targets import check_table
+from library.terminal import WrongCommand, clock, named, print_json, printable, table
 
+COLUMNS = ["group", "score", "seconds", "bytes", "artist", "title", "file"]  # of a --csv
 BLOCK = 1024  # songs of a block in the product of all with all
 
 
@@ -60,7 +64,20 @@ def groups_of_copies(collection: Collection, least: float) -> list[list[tuple[in
     members: dict[int, list[int]] = {}
     for k in range(len(songs)):
         members.setdefault(groups.root(k), []).append(k)
-    return sorted(scored(collection, ks) for ks in members.values() if len(ks) > 1)
+    several = [one_name_each(songs, ks) for ks in members.values() if len(ks) > 1]
+    return sorted(scored(collection, ks) for ks in several if len(ks) > 1)
+
+
+def one_name_each(songs: list[Song], group: list[int]) -> list[int]:
+    """A group in which no two names, by links or mounts, are of one file."""
+    files: dict = {}
+    for k in group:
+        place: tuple = (k,)  # a file that is not to be seen now is one of its own
+        with contextlib.suppress(OSError):
+            state = os.stat(songs[k].path)
+            place = (state.st_dev, state.st_ino)
+        files.setdefault(place, k)
+    return list(files.values())
 
 
 def scored(collection: Collection, group: list[int]) -> list[tuple[int, float]]:
@@ -72,9 +89,10 @@ def scored(collection: Collection, group: list[int]) -> list[tuple[int, float]]:
 
 def write_csv(path, rows: list[tuple[int, Song, float]]):
     """Rows (group, song, score) as a table; of names that are not UTF-8 the bytes as escapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         lines = csv.writer(file)
-        lines.writerow(["group", "score", "seconds", "bytes", "artist", "title", "file"])
+        lines.writerow(COLUMNS)
         for i, song, score in rows:
             lines.writerow(
                 [i, f"{score:.4f}", song.seconds, song.size, song.artist, song.title, song.name]
@@ -95,6 +113,8 @@ def run(args) -> int:
     """The verb."""
     if not 0 < args.least <= 1:
         raise WrongCommand(f"--least is a score above 0, up to 1, not {args.least}")
+    if args.csv:
+        check_table(args.csv, COLUMNS, "duplicates")
     collection = Collection(args.library)
     songs = collection.songs
     groups = groups_of_copies(collection, args.least)
@@ -115,5 +135,5 @@ def run(args) -> int:
     if args.csv:
         print(f"next: look through {printable(args.csv)}; of each group the first is the largest")
     else:
-        print("next: python -m library duplicates --csv duplicates.csv")
+        print(f"next: python -m library duplicates{named(args.library)} --csv duplicates.csv")
     return 0

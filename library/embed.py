@@ -2,10 +2,10 @@
 
 Leaves, of every file, OUT/NAME.npz: `embedding` (n, D) float32, one row a window, `timestamps`
 (n,), where the windows start in seconds, and `source`, what the rows depend on. With --one-file
-instead OUT.npz: `embedding` (N, D), the mean of each file's windows, and `id` (N,), its name."""
+instead OUT.npz: `embedding` (N, D), the mean of each file's windows, and `id` (N,), its name; until
+all files are done, what is done lies in OUT.npz.part."""
 
 import contextlib
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -13,16 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from library.listen import files_of
-from library.network import Network, hear_whole, load_network
-from library.terminal import Stop, as_json, print_json, printable, progress, report_failures
-
-
-def source_of(network: Network, hop: float | None, file: Path) -> str:
-    """What the rows of a file depend on, as text."""
-    state = file.stat()
-    return json.dumps(
-        [network.identity, hop, str(file.resolve()), state.st_size, state.st_mtime_ns]
-    )
+from library.network import Network, hear_whole, load_network, source_of
+from library.targets import Journal, check_target
+from library.terminal import Stop, as_json, print_json, printable, progress, report
 
 
 def is_done(target: Path, source: str) -> bool:
@@ -37,8 +30,7 @@ def is_done(target: Path, source: str) -> bool:
     if was != source:
         raise ValueError(
             f"{target} is damaged, or of another recording, encoder or --hop; type --overwrite, "
-            "or another "
-            "--out"
+            "or another --out"
         )
     return True
 
@@ -71,10 +63,11 @@ def what_is_left(
 
 def run(args) -> int:
     """The verb."""
-    network = load_network(args.ckpt, args.features, args.device, args.amp)
-    files = files_of(args.paths)
+    check_target(target_of(args), "--out")
+    network = load_network(args.ckpt, args.features, args.device, args.amp, most=None)
+    files, left_out = files_of(args.paths)
     if args.one_file:
-        return in_one_file(files, network, args)
+        return in_one_file(files, left_out, network, args)
     targets = {file: args.out / f"{name}.npz" for name, file in files.items()}
     todo, failed = what_is_left(targets, network, args)
     before = len(targets) - len(todo) - len(failed)
@@ -85,31 +78,45 @@ def run(args) -> int:
                 failed.append((file, result))
                 continue
             rows, starts, short = result
-            target = targets[file]
-            save(
-                target, embedding=rows, timestamps=starts, source=source_of(network, args.hop, file)
-            )
+            source = source_of(network, args.hop, file)
+            save(targets[file], embedding=rows, timestamps=starts, source=source)
             if not args.json:
-                note = ", shorter than a window, padded with silence" * short
-                bar.write(f"{printable(target)} {rows.shape}{note}")
-    return close(targets, before, failed, args)
+                bar.write(f"{printable(targets[file])} {rows.shape}{padded(short)}")
+    return close(targets, before, failed, left_out, args)
 
 
-def in_one_file(files: dict[str, Path], network: Network, args) -> int:
+def padded(short: bool) -> str:
+    """What is said of a recording that is shorter than a window."""
+    return ", shorter than a window, padded with silence" * short
+
+
+def target_of(args) -> Path:
+    """The one file of --one-file, else a file in the folder of many."""
+    if args.one_file:
+        return args.out.with_name(f"{args.out.name.removesuffix('.npz')}.npz")
+    return args.out / "one.npz"
+
+
+def in_one_file(files: dict[str, Path], left_out: list[tuple], network: Network, args) -> int:
     """--one-file: a matrix of the files' means, and their names in its order."""
-    target = args.out.with_name(f"{args.out.name.removesuffix('.npz')}.npz")
+    target = target_of(args)
     if target.exists() and not args.overwrite:
         raise Stop(f"{target} is there already: type --overwrite, or another --out")
+    journal = Journal(target)
+    sources = {file: source_of(network, args.hop, file) for file in files.values()}
+    kept = journal.of(sources)
     names = {file: name for name, file in files.items()}
     failed: list[tuple] = []
-    means = {}
-    with progress(len(files), "embedding") as bar:
-        for file, result in hear_whole(names, network, args.hop, args.workers, args.timeout):
+    means = {names[file]: line["row"] for file, line in kept.items()}
+    todo = [file for file in names if file not in kept]
+    with progress(len(todo), "embedding") as bar:
+        for file, result in hear_whole(todo, network, args.hop, args.workers, args.timeout):
             bar.update()
             if isinstance(result, str):
                 failed.append((file, result))
-            else:
-                means[names[file]] = result[0].mean(0)
+                continue
+            means[names[file]] = result[0].mean(0)
+            journal.note(sources[file], means[names[file]])
     if means:
         order = sorted(means)
         save(
@@ -118,10 +125,13 @@ def in_one_file(files: dict[str, Path], network: Network, args) -> int:
             id=np.array(order),
             identity=network.identity,
         )
-    return close({file: target for file in names}, 0, failed, args)
+        journal.end()
+    return close({file: target for file in names}, len(kept), failed, left_out, args)
 
 
-def close(targets: dict[Path, Path], before: int, failed: list[tuple], args) -> int:
+def close(
+    targets: dict[Path, Path], before: int, failed: list[tuple], left_out: list[tuple], args
+) -> int:
     """The closing lines, and the exit code."""
     done = len(targets) - len(failed)
     if args.json:
@@ -130,12 +140,14 @@ def close(targets: dict[Path, Path], before: int, failed: list[tuple], args) -> 
                 "embedded": done,
                 "before": before,
                 "failed": as_json(failed),
+                "left_out": as_json(left_out),
                 "files": sorted({os.fsdecode(target) for target in targets.values()}),
             }
         )
         return int(bool(failed))
     print(f"{done} of {len(targets)} files embedded, {before} of them before")
-    report_failures(failed)
+    report("left out", left_out)
+    report("failed", failed)
     if done:
         example = next(target for file, target in targets.items() if file not in dict(failed))
         print(f"next: in Python, numpy.load({printable(repr(os.fsdecode(example)))})['embedding']")

@@ -7,23 +7,30 @@ may come back."""
 import errno
 import hashlib
 import os
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import prepare
 
 from library import listen
 from library.network import Network, load_network
 from library.store import About, Song, Store
-from library.terminal import Stop, as_json, clock, print_json, printable, progress, report_failures
+from library.terminal import (
+    Stop,
+    as_json,
+    clock,
+    named,
+    print_json,
+    printable,
+    progress,
+    report,
+    typed,
+)
 
 BATCH = 64  # windows that the network takes together, from several songs
-COMMIT = 5.0  # seconds between transactions: as much as a kill costs
-SCATTER = 60.0  # seconds between writings of the summed products
+COMMIT = 30.0  # seconds between transactions, as much as a kill costs; each writes up to 17 MB
 
 
 @dataclass
@@ -34,6 +41,7 @@ class Plan:
     changed: set[Path] = field(default_factory=set)
     counts: Counter = field(default_factory=Counter)
     failed_before: list[Song] = field(default_factory=list)
+    left_out: dict[Path, str] = field(default_factory=dict)  # what is no audio, and why
 
 
 def in_shard(relative: str, shard: tuple[int, int] | None) -> bool:
@@ -47,6 +55,14 @@ def in_shard(relative: str, shard: tuple[int, int] | None) -> bool:
         return True
     digest = hashlib.sha256(os.fsencode(relative)).digest()
     return int.from_bytes(digest[:8], "big") % shard[1] == shard[0] - 1
+
+
+def same_file(a, b) -> bool:
+    """Do two names lead to one file that is there?"""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
 
 
 def is_gone(path: bytes) -> bool:
@@ -63,12 +79,7 @@ def survey(store: Store, folders: list[Path], args) -> Plan:
     to be heard."""
     plan = Plan()
     known = {song.path: song for song in store.songs()}
-    found: dict[bytes, Path] = {}
-    for folder in folders:
-        for path in prepare.audio_files(folder).values():
-            if in_shard(os.path.relpath(path, folder), args.shard):
-                absolute = os.path.abspath(path)
-                found[os.fsencode(absolute)] = Path(absolute)
+    found = one_name_each(store, songs_below(folders, args.shard, known, plan), known)
     missing = missing_songs(known, found, folders, args.shard)
     moved: list[tuple] = []
     back: list[tuple] = []
@@ -101,6 +112,55 @@ def survey(store: Store, folders: list[Path], args) -> Plan:
     return plan
 
 
+def songs_below(folders: list[Path], shard, known: dict[bytes, Song], plan: Plan) -> dict:
+    """Every song of the shard below the folders, {absolute path as bytes: as Path}; what is left
+    out goes into the plan. Stop where there is no audio, and never was any."""
+    found: dict[bytes, Path] = {}
+    anything = False
+    for folder in folders:
+        files, left_out = listen.audio_below(folder)
+        plan.left_out.update(left_out)
+        anything = anything or bool(files)
+        for path in files.values():
+            if in_shard(os.path.relpath(path, folder), shard):
+                absolute = os.path.abspath(path)
+                found[os.fsencode(absolute)] = Path(absolute)
+    if not anything:
+        if not any(below(song, folder) for song in known.values() for folder in folders):
+            raise listen.nothing_found(folders, list(plan.left_out.items()))
+    return found
+
+
+def one_name_each(store: Store, found: dict[bytes, Path], known: dict[bytes, Song]) -> dict:
+    """Of a file that links, mounts or folders inside one another give several names, the one that
+    the store knows, else the first; other names that the store had go."""
+    names: dict[tuple[int, int], bytes] = {}
+    elsewhere: dict[tuple, list[bytes]] = {}  # songs that were not found, by size and mtime
+    for key, song in known.items():
+        if key not in found and not song.gone:
+            elsewhere.setdefault((song.size, song.mtime), []).append(key)
+    second: set[bytes] = set()
+    for key in sorted(found, key=lambda key: key not in known):
+        state = os.stat(key)
+        alike = elsewhere.get((state.st_size, state.st_mtime_ns), ())
+        others = {other for other in alike if same_file(key, other)}
+        if names.setdefault((state.st_dev, state.st_ino), key) != key:
+            second.add(key)
+        elif key in known:
+            second |= others
+        elif others:
+            second.add(key)
+    store.change("DELETE FROM songs WHERE path = ?", [(key,) for key in second])
+    return {key: path for key, path in found.items() if key not in second}
+
+
+def below(song: Song, folder: Path) -> str | None:
+    """A song's path below a folder; None where it lies elsewhere."""
+    relative = os.path.relpath(song.name, os.path.abspath(folder))
+    outside = relative == os.pardir or relative.startswith(os.pardir + os.sep)
+    return None if outside else relative
+
+
 def missing_songs(known: dict[bytes, Song], found: dict, folders: list[Path], shard) -> list[Song]:
     """Songs of the store that lay below these folders and lie there no more, and those that were
     gone before."""
@@ -108,13 +168,9 @@ def missing_songs(known: dict[bytes, Song], found: dict, folders: list[Path], sh
     for key, song in known.items():
         if key in found:
             continue
-        for folder in map(os.path.abspath, folders):
-            relative = os.path.relpath(song.name, folder)
-            if not relative.startswith("..") and in_shard(relative, shard) and is_gone(key):
-                missing.append(song)
-                break
-        else:
-            missing += [song] if song.gone else []
+        places = filter(None, (below(song, folder) for folder in folders))
+        if any(in_shard(place, shard) for place in places) and is_gone(key) or song.gone:
+            missing.append(song)
     return missing
 
 
@@ -134,14 +190,12 @@ class Embedding:
     """Windows of many songs through the network, in batches across songs; the means of the songs
     that are complete."""
 
-    def __init__(self, network: Network, scatter: tuple[np.ndarray, int], every: bool):
+    def __init__(self, network: Network, every: bool):
         self.network = network
         self.every = every
         self.waiting: list[tuple[Path, np.ndarray]] = []
         self.rows: dict[Path, list[np.ndarray]] = {}
         self.heard: dict[Path, listen.Heard] = {}
-        self.products = np.array(scatter[0], np.float64)
-        self.count = scatter[1]
 
     def push(self, path: Path, piece):
         """Windows (n, size) of a song, or at its end its Heard."""
@@ -169,25 +223,18 @@ class Embedding:
         self.waiting.clear()
 
     def complete(self) -> list[tuple[Path, listen.Heard, np.ndarray]]:
-        """Songs all of whose windows are done, with their rows (n, D); they are taken out."""
+        """Songs all of whose windows are done, with their rows (n, D); they stay until they are
+        dropped, for they may not reach the disk."""
         self.flush()
         done = []
         for path, heard in self.heard.items():
-            rows = np.concatenate(self.rows.pop(path))
+            rows = np.concatenate(self.rows[path])
             if not np.isfinite(rows).all():
                 raise Stop(
                     f"the encoder gives numbers that are not finite, of {path} first: expected a "
-                    "trained one, or "
-                    "--amp off"
+                    "trained one, or --amp off"
                 )
             done.append((path, heard, rows))
-        if done:
-            # One product of all: (D, D) numbers are too many to go through for every song. In
-            # float64, for the order in which songs come must not decide between two copies.
-            apart = np.concatenate([rows - rows.mean(0) for _, _, rows in done], dtype=np.float64)
-            self.products += apart.T @ apart
-            self.count += len(apart)
-        self.heard.clear()
         return done
 
 
@@ -217,9 +264,22 @@ def song_of(
     return song
 
 
+def add_up(store: Store, done: list[tuple[Path, listen.Heard, np.ndarray]]):
+    """Add to the store's products the windows of recordings that were never heard before, each
+    once."""
+    new = {heard.audio: rows for _, heard, rows in done if not store.imprint(heard.audio)}
+    if not new:
+        return
+    # One product of all: (D, D) numbers are too many to go through for every song. In float64, for
+    # the order in which songs come must not decide between two copies.
+    apart = np.concatenate([rows - rows.mean(0) for rows in new.values()], dtype=np.float64)
+    products, count = store.scatter()
+    store.note_scatter(products + apart.T @ apart, count + len(apart))
+
+
 def save(store: Store, embedding: Embedding, counts: Counter):
-    """One transaction: the songs that are complete; a gone song of the same audio has moved here,
-    with other tags."""
+    """One transaction: the songs that are complete, and what is summed over their windows; a gone
+    song of the same audio has moved here, with other tags."""
     done = embedding.complete()
     if not done:
         return
@@ -227,12 +287,14 @@ def save(store: Store, embedding: Embedding, counts: Counter):
     gone = {song.audio: song.path for song in store.songs("gone = 1")}
     moved = [(gone[song.audio],) for song in songs if song.error is None and song.audio in gone]
     rows = [rows for _, _, rows in done]
-    store.add(songs, [part.mean(0) for part in rows], rows if embedding.every else None)
-    store.change("DELETE FROM songs WHERE gone = 1 AND path = ?", moved)
-    store.change(
-        "INSERT OR REPLACE INTO imprints VALUES (?, ?)",
-        [(heard.audio, heard.imprint) for _, heard, _ in done],
-    )
+    imprints = [(heard.audio, heard.imprint) for _, heard, _ in done]
+    with store.transaction():
+        store.add(songs, [part.mean(0) for part in rows], rows if embedding.every else None)
+        store.change("DELETE FROM songs WHERE gone = 1 AND path = ?", moved)
+        add_up(store, done)
+        store.change("INSERT OR REPLACE INTO imprints VALUES (?, ?)", imprints)
+    for path, *_ in done:
+        embedding.drop(path)
     counts.update(moved=len(moved), new=-len(moved), gone=-len(moved))
 
 
@@ -242,10 +304,9 @@ def hear(store: Store, network: Network, plan: Plan, args) -> list[tuple]:
     hearing = listen.Hearing(
         network.sample_rate, network.size, every=store.about.listening == "all"
     )
-    embedding = Embedding(network, store.scatter(), hearing.every)
+    embedding = Embedding(network, hearing.every)
     failed: list[tuple] = []
     saved = time.monotonic()
-    noted = saved
     unsure: dict[Path, str] = {}
     try:
         with progress(len(plan.todo), "listening") as bar:
@@ -268,12 +329,8 @@ def hear(store: Store, network: Network, plan: Plan, args) -> list[tuple]:
                 if time.monotonic() - saved > COMMIT:
                     save(store, embedding, plan.counts)
                     saved = time.monotonic()
-                if saved - noted > SCATTER:
-                    store.note_scatter(embedding.products, embedding.count)
-                    noted = saved
     finally:
         save(store, embedding, plan.counts)
-        store.note_scatter(embedding.products, embedding.count)
     return failed
 
 
@@ -282,8 +339,8 @@ def encoder_of(folder: Path, ckpt: Path | None) -> Path | None:
     else what ships."""
     if ckpt or not (folder / "songs.sqlite").exists():
         return ckpt
-    theirs = Path(Store.read_about(folder).ckpt)
-    return theirs if theirs.exists() else None
+    about = Store.read_about(folder)
+    return Path(about.ckpt) if about and os.path.exists(about.ckpt) else None
 
 
 def run(args) -> int:
@@ -320,10 +377,12 @@ def close(store: Store, plan: Plan, failed: list[tuple], lost: int, seconds: flo
     total = store.database.execute(f"SELECT COUNT(*) {there}").fetchone()[0]
     counts = {name: plan.counts[name] for name in ("new", "changed", "moved", "gone", "unchanged")}
     left = len(plan.failed_before)
+    left_out = list(plan.left_out.items())
     if args.json:
         faults = {"failed": as_json(failed), "failed_before": left, "heard_again": lost}
         place = {"library": os.fspath(store.folder), "songs": total}
-        print_json({**place, **counts, **faults, "seconds": round(seconds, 1)})
+        others = {"left_out": as_json(left_out), "seconds": round(seconds, 1)}
+        print_json({**place, **counts, **faults, **others})
         return int(bool(failed))
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     pace = f", {len(plan.todo) / seconds:.1f} songs/s" if plan.todo else ""
@@ -334,10 +393,10 @@ def close(store: Store, plan: Plan, failed: list[tuple], lost: int, seconds: flo
     if left:
         print(f"{left} files that failed before, and have not changed, were left out; --retry")
         print("tries them again")
-    report_failures(failed)
+    report("left out", left_out)
+    report("failed", failed)
     song = store.database.execute(f"SELECT path {there} LIMIT 1").fetchone()
     if song:
-        named = "" if args.library == [Path("library.clmr")] else f" --library {args.library[0]}"
-        name = shlex.quote(os.fsdecode(song[0]))
-        print(printable(f"next: python -m library similar {name}{named}"))
+        name = typed(song[0])
+        print(printable(f"next: python -m library similar {name}{named(args.library)}"))
     return int(bool(failed))

@@ -27,6 +27,7 @@ from library import copies
 from library.terminal import Stop
 
 LOUDNESS = 0.1  # root mean square of every window, where level shall not decide
+NO_AUDIO = "no audio in it"  # why a folder is left out
 SILENCE = 1e-4  # -80 dB: softer windows stay as they are, for they hold nothing but noise
 RATES = range(1000, 768_001)  # Hz, of files that are read by seeking; others are prepare's to judge
 
@@ -203,20 +204,46 @@ def equal_loudness(windows: np.ndarray) -> np.ndarray:
     return np.where(level < SILENCE, windows, windows * (LOUDNESS / np.maximum(level, SILENCE)))
 
 
-def files_of(paths: list[Path]) -> dict[str, Path]:
-    """Every file that is named, and every audio file of every folder: {its name: its path}; Stop
-    where two share a name."""
+def audio_below(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Every audio file below a folder, {its name there: its path}, and [(file, why)] of what was
+    left out, which a folder without any is itself."""
+    try:
+        found = prepare.audio_files(folder)
+        left_out = getattr(found, "left_out", [])
+    except FileNotFoundError as error:
+        found = {}
+        left_out = getattr(error, "left_out", [])
+    named = [(folder / one["file"], one["reason"].removeprefix("left out: ")) for one in left_out]
+    if not found and folder not in dict(named):
+        named.append((folder, NO_AUDIO))
+    return found, named
+
+
+def nothing_found(folders: list[Path], left_out: list[tuple[Path, str]]) -> Stop:
+    """The end of a command that has nothing to hear; it says what lay there instead."""
+    places = ", ".join(map(os.fspath, folders))
+    others = [f"{path}: {why}" for path, why in left_out if why != NO_AUDIO]
+    left = f" ({len(others)} left out, the first {others[0]})" if others else ""
+    return Stop(f"{places}: expected audio files, found none{left}; name a folder with music")
+
+
+def files_of(paths: list[Path]) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
+    """Every file that is named, and every audio file of every folder: {its name: its path}, and
+    [(file, why)] of what was left out; Stop where two share a name, or there is none."""
     files: dict[str, Path] = {}
+    left_out: dict[Path, str] = {}
     for path in paths:
-        found = prepare.audio_files(path) if path.is_dir() else {path.name: path}
+        found, others = audio_below(path) if path.is_dir() else ({path.name: path}, [])
+        left_out.update(others)
         for name, file in found.items():
             if files.setdefault(name, file) != file:
                 raise Stop(
                     f"{files[name]} and {file} would both become {name}: name them one by one, "
-                    "each with an "
-                    "--out of its own"
+                    "each with an --out of its own"
                 )
-    return files
+    if not files:
+        raise nothing_found(paths, list(left_out.items()))
+    return files, list(left_out.items())
 
 
 # --- what else a file says of itself
@@ -267,6 +294,18 @@ class Heard:
     tags: dict = field(default_factory=dict)
 
 
+def why_silent(path, sample_rate: int) -> str:
+    """Of a recording that is silent as the mean of its channels: are they silent themselves?"""
+    formats = prepare.engine("formats", plain=True)
+    if formats:
+        survey = formats.Survey()
+        for _ in prepare.stream(path, sample_rate, survey):
+            pass
+        if survey.energy >= SILENCE**2 * survey.length:
+            return "its channels cancel each other in mono: nothing to hear in their mean"
+    return "silent: nothing to hear in it"
+
+
 @dataclass(frozen=True)
 class Hearing:
     """How songs are heard for the store: `hearing(path)` yields windows (n, size), and at the end a
@@ -293,7 +332,7 @@ class Hearing:
             imprints += [copies.imprint(window[None], self.sample_rate) for window in chosen]
             yield equal_loudness(windows)
         if silent:
-            raise ValueError(f"{path}: silent: nothing to hear in it")
+            raise ValueError(f"{path}: {why_silent(path, self.sample_rate)}")
         if self.every:
             seconds = max(stated_length(path), len(imprints) * self.size / self.sample_rate)
         chosen = [imprints[k] for k in place(len(imprints), 1, copies.WINDOWS)]

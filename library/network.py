@@ -1,6 +1,7 @@
 """Audio to features or tags: one network behind one small face, whatever file it came from."""
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from library import listen
 from library.terminal import Stop
 
 SHIPPED = Path(__file__).resolve().parent.parent / "demo"
-MOST = 2048  # numbers of levels that are taken
+MOST = 2048  # numbers of levels that a store takes: it sums their products, MOST^2
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Network:
 
 
 def load_network(
-    path=None, kind: str = "levels", device: str = "auto", amp: str = "off"
+    path=None, kind: str = "levels", device: str = "auto", amp: str = "off", most: int | None = MOST
 ) -> Network:
     """An encoder's or tagger's file as a Network.
 
@@ -58,6 +59,8 @@ def load_network(
         path: encoder.pt, tagger.pt, or their TorchScript (a program: load only your own); by
         default what ships.
         kind: levels, output (of encoder.pt), or tags (of a tagger). device, amp: as everywhere.
+        most: of an encoder that has no levels, or more numbers in them than a store can count the
+        covariance of, output is taken in their place; None: levels, or Stop.
 
     Raises Stop where the file is of the other sort, and what model.py raises where it cannot be
     read."""
@@ -80,9 +83,15 @@ def load_network(
     if (told == "tags") != (kind == "tags"):
         wanted = "tagger.pt" if kind == "tags" else "encoder.pt"
         raise Stop(f"{path} gives {told}: expected {wanted}; type --ckpt {wanted}")
+    has_levels = path.suffix != ".ts" and hasattr(module, "blocks")
+    if kind == "levels" and most is None and not has_levels:
+        raise Stop(
+            f"{path}: expected an encoder.pt that has blocks, whose levels could be taken; type "
+            "--features output, or another --ckpt"
+        )
     sha256 = model.weights_sha256(module)
     if path.suffix != ".ts":
-        module, told, dimensions = for_inference(module, told)
+        module, told, dimensions = for_inference(module, told, most)
         module.to(where)
     identity = hashlib.sha256(f"{sha256} {told}".encode()).hexdigest()
     tags = list(getattr(module, "tags", ()))
@@ -113,13 +122,15 @@ def load_program(path: Path, device) -> torch.jit.ScriptModule:
         ) from None
 
 
-def for_inference(module: torch.nn.Module, kind: str) -> tuple[torch.nn.Module, str, int]:
+def for_inference(
+    module: torch.nn.Module, kind: str, most: int | None
+) -> tuple[torch.nn.Module, str, int]:
     """The module with its batch norms folded, what it gives, and how many numbers that is: levels
-    only where they are not so many that how they go together can no longer be counted."""
+    only where they are at most so many."""
     folded = model.fold_batch_norm(module)
     if kind == "levels" and hasattr(module, "blocks"):
         levels = model.Levels(folded)
-        if levels.out_dim <= MOST:
+        if most is None or levels.out_dim <= most:
             return levels, kind, levels.out_dim
     return folded, "output" if kind == "levels" else kind, getattr(module, "out_dim", 0)
 
@@ -168,6 +179,14 @@ class Frames:
             )
         rows = np.concatenate(self.parts)
         return rows, np.arange(len(rows)) * self.step / self.network.sample_rate, short
+
+
+def source_of(network: Network, hop: float | None, file: Path) -> str:
+    """What the rows of a file depend on, as text."""
+    state = file.stat()
+    return json.dumps(
+        [network.identity, hop, str(file.resolve()), state.st_size, state.st_mtime_ns]
+    )
 
 
 def hear_whole(

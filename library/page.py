@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from library.index import storable
 from library.search import Collection
 from library.store import Song
-from library.terminal import Stop, print_json, printable
+from library.targets import check_target
+from library.terminal import Stop, print_json, printable, typed
 
 HERE = Path(__file__).resolve().parent
 SAMPLE = 4000  # songs that t-SNE places itself
@@ -86,12 +88,25 @@ def between(x: np.ndarray, placed: np.ndarray, places: np.ndarray, seed: int) ->
 
 
 def heard_tags(table: Path) -> dict[str, str]:
-    """Of a table that `tag FOLDER --csv` wrote, {file: its first tag}."""
+    """Of a table that `tag FOLDER --csv` wrote, {file: its first tag}. Names that someone made
+    relative count from here, or from where the table lies."""
     with open(table, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if not rows.fieldnames or not {"file", "top"} <= set(rows.fieldnames):
-            raise Stop(f"{table}: expected a table of `python -m library tag FOLDER --csv {table}`")
-        return {os.path.abspath(row["file"]): (row["top"] or "").split(";")[0] for row in rows}
+            raise Stop(
+                f"{table}: expected a table of `python -m library tag FOLDER --csv {typed(table)}`"
+            )
+        tags: dict[str, str] = {}
+        for row in rows:
+            for folder in ("", table.parent):
+                place = os.path.abspath(os.path.join(folder, row["file"] or ""))
+                tags.setdefault(place, (row["top"] or "").split(";")[0])
+        return tags
+
+
+def tag_of(song: Song, tags: dict[str, str]) -> str | None:
+    """A song's tag in a table, where names that are not UTF-8 stand with their bytes as escapes."""
+    return tags.get(storable(song.name))
 
 
 def url(path: bytes) -> str:
@@ -122,7 +137,7 @@ def page(
         "score": near[1].round(3).tolist(),
         "url": [url(song.path) for song in songs],
         "name": [printable(os.path.basename(song.name)) for song in songs],
-        "tag": [printable(tags.get(song.name) or song.genre or "") for song in songs],
+        "tag": [printable(tag_of(song, tags) or song.genre or "") for song in songs],
     }
     for key in ("artist", "title", "album", "year"):
         columns[key] = [printable(getattr(song, key) or "") for song in songs]
@@ -135,6 +150,7 @@ def run(args) -> int:
     """The verb."""
     import model
 
+    check_target(args.out, "--out")
     collection = Collection(args.library)
     tags = heard_tags(args.tags) if args.tags else {}
     total = len(collection.songs)
@@ -143,10 +159,14 @@ def run(args) -> int:
     songs = [collection.songs[k] for k in shown]
     html = page(songs, layout(unit, args.seed), neighbours(unit, NEIGHBOURS), tags)
     model.write_atomically(args.out, html.encode())
+    tagged = sum(tag_of(song, tags) is not None for song in songs)
     if args.json:
-        print_json({"songs": len(songs), "of": total, "page": os.fspath(args.out)})
+        told = {"tagged": tagged} if args.tags else {}
+        print_json({"songs": len(songs), "of": total, **told, "page": os.fspath(args.out)})
         return 0
     print(f"{printable(args.out)}: {len(songs):,} songs, {len(html) / 1e6:.1f} MB")
+    if args.tags:
+        print(f"{tagged:,} of {len(songs):,} songs are in {printable(args.tags)}")
     if total > MOST:
         print(f"a page holds {MOST:,} songs: these are spread evenly over the {total:,} there are")
     print(f"next: open {url(os.fsencode(os.path.abspath(args.out)))} in a browser")

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from library import copies, listen
-from library.index import encoder_of, storable
+from library.index import encoder_of, same_file, storable
 from library.network import load_network
 from library.store import Song, Store
-from library.terminal import Stop, WrongCommand, clock, print_json, printable, table
+from library.targets import check_target
+from library.terminal import Stop, WrongCommand, clock, print_json, printable, table, typed
 
 DIRECTIONS = 256
 SHRINKAGE = 0.02  # of the covariance within songs towards a multiple of the identity, at least
@@ -90,7 +91,8 @@ class Collection:
     """The songs of one store or several, with their unit vectors."""
 
     def __init__(self, folders: list[Path]):
-        self.stores = [Store.read(folder) for folder in folders]
+        places = {os.path.realpath(folder): folder for folder in reversed(folders)}
+        self.stores = [Store.read(folder) for folder in reversed(places.values())]
         self.about = self.stores[0].about
         for store in self.stores[1:]:
             if not store.about.fits(self.about):
@@ -101,13 +103,13 @@ class Collection:
         self.songs: list[Song] = []
         parts = []
         for store in self.stores:
-            songs = store.songs("row IS NOT NULL AND gone = 0")
+            songs = without(store.songs("row IS NOT NULL AND gone = 0"), self.songs)
             self.songs += songs
             parts.append((store.vectors(), np.array([song.row for song in songs], np.int64)))
         if not self.songs:
             raise Stop(
                 f"{folders[0]}: no song in it; type: python -m library index FOLDER --library "
-                f"{folders[0]}"
+                f"{typed(folders[0])}"
             )
         self.parts = parts
         self.weighing = self.make_weighing()
@@ -192,8 +194,7 @@ class Collection:
         if network.identity != self.about.identity:
             raise Stop(
                 f"{path} is not in the store, and {network.name} is not the encoder that it was "
-                "made with; type "
-                f"--ckpt {self.about.ckpt}"
+                f"made with: {self.about.to_type(network.name)}"
             )
         hearing = listen.Hearing(
             network.sample_rate, network.size, every=self.about.listening == "all"
@@ -214,6 +215,22 @@ class Collection:
             elif kind == listen.PIECE:
                 rows.append(network(content))
         return np.concatenate(rows).mean(0), song
+
+
+def without(songs: list[Song], others: list[Song]) -> list[Song]:
+    """Songs whose files are none of the others, under this name or another."""
+    paths = {song.path for song in others}
+    alike: dict[tuple, list[Song]] = {}
+    for song in others:
+        alike.setdefault((song.size, song.mtime), []).append(song)
+    return [
+        song
+        for song in songs
+        if song.path not in paths
+        and not any(
+            same_file(song.path, other.path) for other in alike.get((song.size, song.mtime), ())
+        )
+    ]
 
 
 # --- rules
@@ -290,10 +307,17 @@ def album_of(song: Song) -> tuple:
 
 
 class Choice:
-    """Songs chosen so far, and which may follow."""
+    """Songs chosen so far, and which may follow.
+
+    seeds: songs that are not to come again; with `counted` they stand in the list themselves, and
+    count for their artists and albums."""
 
     def __init__(
-        self, collection: Collection, rules: Rules, seeds: list[tuple[np.ndarray, Song]] = ()
+        self,
+        collection: Collection,
+        rules: Rules,
+        seeds: list[tuple[np.ndarray, Song]] = (),
+        counted: bool = False,
     ):
         self.collection = collection
         self.rules = rules
@@ -303,6 +327,15 @@ class Choice:
         self.artists: dict = {}
         self.albums: dict = {}
         self.refused = {"per-artist": 0, "per-album": 0, "copies": 0}
+        for song in self.songs if counted else ():
+            self.count(song)
+
+    def count(self, song: Song):
+        """A song stands in the list."""
+        artist = plain(song.artist)
+        album = album_of(song)
+        self.artists[artist] = self.artists.get(artist, 0) + 1
+        self.albums[album] = self.albums.get(album, 0) + 1
 
     def take(self, k: int) -> bool:
         """Song k, if the rules allow it."""
@@ -328,8 +361,7 @@ class Choice:
                 if are_copies(self.collection, song, other, float(its @ unit)):
                     self.refused["copies"] += 1
                     return False
-        self.artists[artist] = self.artists.get(artist, 0) + 1
-        self.albums[album] = self.albums.get(album, 0) + 1
+        self.count(song)
         self.units.append(unit)
         self.songs.append(song)
         self.chosen.append(k)
@@ -373,11 +405,12 @@ def way(
     n: int,
     rules: Rules,
     width: int = 40,
-) -> list[int]:
+) -> Choice:
     """Songs between two, n - 2 of them: of the songs nearest to each point of the arc, those in a
-    row that together leap least.
+    row that together leap least; songs that a rule forbids give way to the next of their point.
 
-    Each song is a candidate of one point alone, so none comes twice.
+    Each song is a candidate of one point alone, so none comes twice. The ends stand in the list as
+    well, and count for their artists and albums.
     """
     points = arc(ends[0][0], ends[1][0], n - 2).astype(np.float32)
     scores = products_of(torch.from_numpy(points), collection.unit).numpy()
@@ -394,19 +427,22 @@ def way(
                     if choice.take(k):
                         layer.append(k)
                         break
-    return smooth(collection, layers, scores, ends, rules)
+    final = Choice(collection, rules, ends, counted=True)
+    for layer in smooth(collection, layers, scores, ends):
+        next((k for k in layer if final.take(k)), None)
+    final.refused["copies"] += choice.refused["copies"]
+    return final
 
 
 def smooth(
-    collection: Collection, layers: list[list[int]], scores: np.ndarray, ends, rules: Rules
-) -> list[int]:
-    """One song of each layer, so that the squared steps from song to song, and the distances from
-    the arc, are least in sum (dynamic programming); then songs that a rule forbids give way to the
-    next of their layer."""
+    collection: Collection, layers: list[list[int]], scores: np.ndarray, ends
+) -> list[list[int]]:
+    """The layers, in each that song first with which the squared steps from song to song, the ends
+    among them, and the squared distances from the arc, are least in sum (dynamic programming)."""
     layers = [layer for layer in layers if layer]
     if not layers:
         return []
-    cost = 1 - ends[0][0] @ collection.unit[layers[0]].float().numpy().T
+    cost = (1 - ends[0][0] @ collection.unit[layers[0]].float().numpy().T) ** 2
     back = []
     for i, layer in enumerate(layers):
         units = collection.unit[layer].float().numpy()
@@ -422,10 +458,7 @@ def smooth(
     for pointers in reversed(back):
         at = int(pointers[at])
         best.insert(0, at)
-    choice = Choice(collection, rules, ends)
-    for layer, at in zip(layers, best):
-        next((k for k in [layer[at], *layer] if choice.take(k)), None)
-    return choice.chosen
+    return [[layer[at], *layer[:at], *layer[at + 1 :]] for layer, at in zip(layers, best)]
 
 
 # --- verbs
@@ -433,6 +466,7 @@ def smooth(
 
 def similar(args) -> int:
     """The verb: songs near one, or near several."""
+    check_playlist(args)
     collection = Collection(args.library)
     seeds = [collection.find(path, args) for path in args.songs]
     scores = nearest(collection, np.stack([unit for unit, _ in seeds]), args.any)
@@ -442,28 +476,38 @@ def similar(args) -> int:
             break
         choice.take(int(k))
     songs = [(collection.songs[k], float(scores[k])) for k in choice.chosen]
-    if len(songs) < args.n and not args.json:
-        why = ", ".join(
-            f"{count} left out by {name}" for name, count in choice.refused.items() if count
-        )
-        print(
-            f"{len(songs)} of the {args.n} songs asked for: the store has "
-            f"{len(collection.songs)}{why and '; ' + why}"
-        )
+    say_shortage(choice, len(songs), args)
     return show(songs, args, [song for _, song in seeds])
+
+
+def say_shortage(choice: Choice, count: int, args):
+    """One line where a list has fewer songs than were asked for: why."""
+    if count < args.n and not args.json:
+        why = "".join(f"; {n} left out by {name}" for name, n in choice.refused.items() if n)
+        has = len(choice.collection.songs)
+        print(f"{count} of the {args.n} songs asked for: the store has {has}{why}")
 
 
 def path(args) -> int:
     """The verb: a smooth way from one song to another."""
     if args.n < 2:
         raise WrongCommand("--n counts both ends: expected 2 or more")
+    check_playlist(args)
     collection = Collection(args.library)
     ends = [collection.find(song, args) for song in args.songs]
-    between = way(collection, ends, args.n, Rules.of(args)) if args.n > 2 else []
+    choice = way(collection, ends, args.n, Rules.of(args))
+    between = choice.chosen
     units = [ends[0][0], *(collection.unit[k].float().numpy() for k in between), ends[1][0]]
     steps = [1.0, *(float(a @ b) for a, b in zip(units, units[1:]))]
     songs = [ends[0][1], *(collection.songs[k] for k in between), ends[1][1]]
+    say_shortage(choice, len(songs), args)
     return show(list(zip(songs, steps)), args, [], "step")
+
+
+def check_playlist(args):
+    """Stop where the playlist could not be written."""
+    if args.m3u:
+        check_target(args.m3u, "--m3u")
 
 
 def as_entry(song: Song, **more) -> dict:
@@ -506,6 +550,8 @@ def write_m3u(target: Path, songs: list[Song], relative: bool) -> int:
             if relative
             else song.name
         )
+        if place.startswith("#"):  # to a player, a comment
+            place = f"./{place}"
         if "\n" in place or "\r" in place:
             lost += 1
             continue

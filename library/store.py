@@ -8,9 +8,14 @@
     windows.f16     with --windows all: float16 (windows, D), a song's in a row from `first` on
     lock            held by the one process that may write
 
-Vectors are written first, to rows that no song has, and flushed to the disk; then the songs that
-have them, in one transaction. So a kill at any moment, or a full disk, costs the songs since the
-last transaction, and nothing else."""
+Vectors are written first, to rows that no song has, and flushed to the disk; then, in one
+transaction, the songs that have them, their imprints, and the products summed over their windows.
+So a kill at any moment, or a full disk, costs the songs heard since the last transaction
+(index.COMMIT: half a minute), which the next index hears; what is there always fits together.
+
+The products hold every recording that was ever heard here once, whatever became of its file: a
+recording that has an imprint is in them, and is not added again when it is heard again, from a file
+with other tags, a copy, or one whose vector was lost."""
 
 import contextlib
 import json
@@ -22,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from library.terminal import Stop
+from library.terminal import Stop, typed
 
 try:
     import fcntl  # POSIX only: the lock that keeps a second indexer out
@@ -93,6 +98,14 @@ class About:
             other.loudness,
         )
 
+    def to_type(self, given: str = "") -> str:
+        """What to type for the store's own encoder, where `given` was found to be another."""
+        if not os.path.exists(self.ckpt):
+            return f"its encoder is no longer at {self.ckpt}; give its new place by --ckpt"
+        if self.ckpt == given:
+            return f"the weights at {self.ckpt} are others by now; give its old ones by --ckpt"
+        return f"type --ckpt {typed(self.ckpt)}"
+
 
 class Store:
     """An open store. `Store.read(folder)` to look things up, `Store.write(folder, about)` to add
@@ -114,7 +127,8 @@ class Store:
         folder = Path(folder)
         if not (folder / "songs.sqlite").exists():
             raise Stop(
-                f"{folder}: no store there; type: python -m library index FOLDER --library {folder}"
+                f"{folder}: no store there; type: python -m library index FOLDER --library "
+                f"{typed(folder)}"
             )
         with told(folder):
             store = cls(folder, *_connect(folder))
@@ -122,12 +136,11 @@ class Store:
             return store
 
     @classmethod
-    def read_about(cls, folder) -> About:
-        """What all vectors of a store share."""
-        with told(folder):
-            database, about = _connect(Path(folder))
-            database.close()
-            return about
+    def read_about(cls, folder) -> About | None:
+        """What all vectors of a store share; None where its first index was cut off before it could
+        say so."""
+        with told(folder), contextlib.closing(_open(folder)) as database:
+            return None if _is_begun(database) else _about(database, folder)
 
     @classmethod
     def write(cls, folder, about: About | None) -> "Store":
@@ -161,9 +174,8 @@ class Store:
             if not made.fits(about):
                 store.close()
                 raise Stop(
-                    f"{folder} was made with another encoder ({made.kind} of {made.ckpt}); type "
-                    "--ckpt "
-                    f"{made.ckpt}, or another --library"
+                    f"{folder} was made with another encoder ({made.kind} of {made.ckpt}): "
+                    f"{made.to_type(about.ckpt)}, or another --library"
                 )
             return store
 
@@ -182,18 +194,16 @@ class Store:
             missing = sum(row >= len(vectors) for row in rows)
             raise Stop(
                 f"{self.folder}: the vectors of {missing} of {len(rows)} songs are missing, as "
-                "after a copy cut "
-                f"short; type: python -m library index FOLDER --library {self.folder}, which "
-                "hears them again"
+                "after a copy cut short; type: python -m library index FOLDER --library "
+                f"{typed(self.folder)}, which hears them again"
             )
         chosen = sorted(rows)[:: max(1, len(rows) // SPOT_CHECK)]
         wrong = [row for row in chosen if zlib.crc32(vectors[row]) != rows[row]]
         if wrong:
             raise Stop(
                 f"{self.folder}: damaged: {len(wrong)} of {len(chosen)} vectors are not as they "
-                "were written; "
-                f"type: python -m library index FOLDER --library {self.folder}, which hears them "
-                "again"
+                "were written; type: python -m library index FOLDER --library "
+                f"{typed(self.folder)}, which hears them again"
             )
 
     # --- reading
@@ -237,6 +247,16 @@ class Store:
 
     # --- writing
 
+    @contextlib.contextmanager
+    def transaction(self):
+        """All that is written inside, or nothing of it; one inside another is part of that."""
+        if self.database.in_transaction:
+            yield
+            return
+        with told(self.folder), self.database:
+            self.database.execute("BEGIN")
+            yield
+
     def free_rows(self, count: int) -> list[int]:
         """Rows of vectors.f16 that no song has, gaps first."""
         used = {
@@ -252,7 +272,7 @@ class Store:
         """Write songs and, of those without an error, their vectors (D,) and windows (n, D):
         vectors first."""
         heard = [song for song in songs if song.error is None]
-        with told(self.folder):
+        with self.transaction():
             for song, row, vector in zip(heard, self.free_rows(len(heard)), vectors):
                 song.row = row
                 song.crc = self.put("vectors.f16", row, vector)
@@ -264,12 +284,10 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             marks = ", ".join("?" * len(COLUMNS))
-            with self.database:
-                for song in songs:
-                    self.database.execute(
-                        f"INSERT OR REPLACE INTO songs ({', '.join(COLUMNS)}) VALUES ({marks})",
-                        tuple(asdict(song).values()),
-                    )
+            self.database.executemany(
+                f"INSERT OR REPLACE INTO songs ({', '.join(COLUMNS)}) VALUES ({marks})",
+                [tuple(asdict(song).values()) for song in songs],
+            )
 
     def put(self, name: str, row: int, rows: np.ndarray) -> int:
         """Write rows (n, D) or one (D,) from `row` on; their checksum."""
@@ -292,7 +310,7 @@ class Store:
 
     def change(self, sql: str, values):
         """One statement for each tuple of values, in one transaction."""
-        with told(self.folder), self.database:
+        with self.transaction():
             self.database.executemany(sql, values)
 
     def note_scatter(self, products: np.ndarray, count: int):
@@ -332,8 +350,7 @@ def told(folder: Path):
         raise Stop(f"{folder}: {text}") from None
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise Stop(
-            f"{folder}: damaged ({error}); move it away and index again: mv {folder} "
-            f"{folder}.damaged"
+            f"{folder}: damaged ({error}); move it away and index again: {_away(folder)}"
         ) from None
     except OSError as error:
         raise Stop(
@@ -341,44 +358,78 @@ def told(folder: Path):
         ) from None
 
 
+def _away(folder) -> str:
+    """The command that moves a damaged store away."""
+    return f"mv {typed(folder)} {typed(f'{folder}.damaged')}"
+
+
+def _open(folder) -> sqlite3.Connection:
+    return sqlite3.connect(Path(folder) / "songs.sqlite", timeout=10)
+
+
 def _connect(folder: Path, about: About | None = None) -> tuple[sqlite3.Connection, About]:
     """The database and what stands in it; with `about` it is made where it is missing."""
-    database = sqlite3.connect(folder / "songs.sqlite", timeout=10)
+    database = _open(folder)
     try:
         if about is not None:
-            database.execute("PRAGMA synchronous = FULL")
-            database.executescript(SCHEMA)
-            with database:
-                for key, value in {"format": FORMAT, **asdict(about)}.items():
-                    database.execute(
-                        "INSERT OR IGNORE INTO about VALUES (?, ?)", (key, json.dumps(value))
-                    )
-        tables = {name for name, in database.execute("SELECT name FROM sqlite_master")}
-        if "about" not in tables:
-            raise Stop(
-                f"{folder}: half-written: its first index was cut off; type: python -m library "
-                "index FOLDER "
-                f"--library {folder}"
-            )
-        names = ["format", *(field.name for field in fields(About))]
-        found = {
-            key: json.loads(value)
-            for key, value in database.execute("SELECT key, value FROM about")
-            if key in names
-        }
-        if found.get("format", FORMAT) != FORMAT:
-            raise Stop(
-                f"{folder}: a store of format {found['format']}, this program knows {FORMAT}: "
-                "update it, or give "
-                "another --library"
-            )
-        if set(found) != set(names):
-            raise Stop(
-                f"{folder}: damaged (it does not say "
-                f"{', '.join(sorted(set(names) - set(found)))}); move it away "
-                f"and index again: mv {folder} {folder}.damaged"
-            )
-        return database, About(**{key: value for key, value in found.items() if key != "format"})
+            _begin(database, about)
+        return database, _about(database, folder)
     except BaseException:
         database.close()
         raise
+
+
+def _begin(database: sqlite3.Connection, about: About):
+    """Make what is missing, in one transaction: tables without what is said about them would be a
+    store of nobody's."""
+    database.execute("PRAGMA synchronous = FULL")
+    with database:
+        database.execute("BEGIN IMMEDIATE")
+        begun = _is_begun(database)
+        for statement in SCHEMA.split(";"):
+            database.execute(statement)
+        if begun:
+            said = {"format": FORMAT, **asdict(about)}
+            database.executemany(
+                "INSERT OR REPLACE INTO about VALUES (?, ?)",
+                [(key, json.dumps(value)) for key, value in said.items()],
+            )
+
+
+def _is_begun(database: sqlite3.Connection) -> bool:
+    """Was it made just now, or was its first index cut off before it said whose songs it holds? It
+    has no song then, and does not say all that one is about."""
+    tables = {name for name, in database.execute("SELECT name FROM sqlite_master")}
+    if "about" not in tables:
+        return True
+    if "songs" in tables and database.execute("SELECT 1 FROM songs LIMIT 1").fetchone():
+        return False
+    found = {key for key, in database.execute("SELECT key FROM about")}
+    return not found >= {field.name for field in fields(About)}
+
+
+def _about(database: sqlite3.Connection, folder: Path) -> About:
+    """What stands in `about`, or Stop."""
+    if _is_begun(database):
+        raise Stop(
+            f"{folder}: half-written: its first index was cut off; type: python -m library index "
+            f"FOLDER --library {typed(folder)}"
+        )
+    names = ["format", *(field.name for field in fields(About))]
+    found = {
+        key: json.loads(value)
+        for key, value in database.execute("SELECT key, value FROM about")
+        if key in names
+    }
+    if found.get("format", FORMAT) != FORMAT:
+        raise Stop(
+            f"{folder}: a store of format {found['format']}, this program knows {FORMAT}: update "
+            "it, or give another --library"
+        )
+    if set(found) != set(names):
+        missing = ", ".join(sorted(set(names) - set(found)))
+        raise Stop(
+            f"{folder}: damaged (it does not say {missing}); move it away and index again: "
+            f"{_away(folder)}"
+        )
+    return About(**{key: value for key, value in found.items() if key != "format"})

@@ -1,7 +1,9 @@
 """`tag`: what a tagger hears in a song, or in every song of a folder.
 
 A song's probability of a tag is the mean over its windows. A folder gives one row a song in a CSV:
-`file`, `top` (the tags above a half, else the first one), and a column a tag."""
+`file` (absolute, so that `map` finds it from anywhere), `top` (the tags above a half, else the
+first one), and a column a tag. Until all songs are done, what is done lies in CSV.part; the table
+itself is only ever written over another of `tag`."""
 
 import csv
 import os
@@ -10,8 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from library.listen import files_of
-from library.network import Network, hear_whole, load_network
-from library.terminal import Stop, as_json, print_json, printable, progress, report_failures
+from library.network import Network, hear_whole, load_network, source_of
+from library.targets import Journal, check_table, check_target
+from library.terminal import Stop, as_json, print_json, printable, progress, report
+
+FIRST = ["file", "top"]  # columns of a table
 
 
 def over_time(path: Path, song: Path, rows: np.ndarray, starts: np.ndarray, network: Network):
@@ -46,11 +51,11 @@ def write_csv(path: Path, songs: dict[Path, np.ndarray], tags: list[str]):
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         lines = csv.writer(file)
-        lines.writerow(["file", "top", *tags])
+        lines.writerow([*FIRST, *tags])
         for song in sorted(songs):
             mean = songs[song]
             lines.writerow(
-                [os.fspath(song), "; ".join(top(mean, tags)), *(f"{p:.4f}" for p in mean)]
+                [os.path.abspath(song), "; ".join(top(mean, tags)), *(f"{p:.4f}" for p in mean)]
             )
     partial.replace(path)
 
@@ -64,43 +69,77 @@ def show(song: Path, mean: np.ndarray, tags: list[str], short: bool, count: int)
     )
 
 
-def run(args) -> int:
-    """The verb."""
-    network = load_network(args.ckpt, "tags", args.device, args.amp)
-    files = list(files_of(args.paths).values())
-    folder = any(path.is_dir() for path in args.paths)
-    table = args.csv or (Path("tags.csv") if folder else None)
-    if args.plot and folder:
+def table_of(args) -> Path | None:
+    """The table that a command leaves; of songs that are named, none but what is asked for."""
+    return args.csv or (Path("tags.csv") if any(path.is_dir() for path in args.paths) else None)
+
+
+def check(args):
+    """Stop where the outcome cannot be written, or not as it is asked for."""
+    if table_of(args):
+        check_table(table_of(args), FIRST, "tag")
+    if not args.plot:
+        return
+    if any(path.is_dir() for path in args.paths):
         raise Stop("--plot draws a song, not a folder; type: python -m library tag SONG --plot")
-    if args.plot and len({file.name for file in files}) < len(files):
+    if len({file.name for file in args.paths}) < len({*args.paths}):
         raise Stop(
             "--plot: two of the files have one name, and so would their pictures: tag them one by "
-            "one, each with "
-            "an --out"
+            "one, each with an --out"
         )
-    songs: dict[Path, np.ndarray] = {}
-    failed = []
-    with progress(len(files), "tagging") as bar:
-        for song, result in hear_whole(files, network, args.hop, args.workers, args.timeout):
+    check_target(args.out / f"{args.paths[0].name}.png", "--out")
+
+
+def run(args) -> int:
+    """The verb."""
+    check(args)
+    network = load_network(args.ckpt, "tags", args.device, args.amp)
+    files, left_out = files_of(args.paths)
+    table = table_of(args)
+    journal = Journal(table) if table else None
+    songs, failed = hear(list(files.values()), network, journal, args)
+    if table and songs:
+        write_csv(table, songs, network.tags)
+        journal.end()
+    return close(songs, (failed, left_out), table, network.tags, args)
+
+
+def hear(
+    files: list[Path], network: Network, journal: Journal | None, args
+) -> tuple[dict[Path, np.ndarray], list[tuple]]:
+    """Every song's probabilities (K,), those that a command before it came to among them, and
+    [(song, why not)]."""
+    sources = {song: source_of(network, args.hop, song) for song in files}
+    kept = journal.of(sources) if journal and not args.plot else {}
+    songs = {song: line["row"] for song, line in kept.items()}
+    failed: list[tuple] = []
+    todo = [song for song in files if song not in kept]
+    with progress(len(todo), "tagging") as bar:
+        for song, result in hear_whole(todo, network, args.hop, args.workers, args.timeout):
             bar.update()
             if isinstance(result, str):
                 failed.append((song, result))
                 continue
             rows, starts, short = result
             songs[song] = rows.mean(0)
-            if not (folder or args.json):
+            if not any(path.is_dir() for path in args.paths) and not args.json:
                 bar.write(show(song, songs[song], network.tags, short, args.top))
             if args.plot:
                 over_time(args.out / f"{song.name}.png", song, rows, starts, network)
-    if table and songs:
-        write_csv(table, songs, network.tags)
-    return close(songs, failed, table, network.tags, args)
+            if journal:
+                journal.note(sources[song], songs[song])
+    return songs, failed
 
 
 def close(
-    songs: dict[Path, np.ndarray], failed: list[tuple], table: Path | None, tags: list[str], args
+    songs: dict[Path, np.ndarray],
+    others: tuple[list[tuple], list[tuple]],
+    table: Path | None,
+    tags: list[str],
+    args,
 ) -> int:
-    """The closing lines, and the exit code."""
+    """The closing lines, and the exit code; others: what failed, and what was left out."""
+    failed, left_out = others
     if args.json:
         heard = [
             {
@@ -112,14 +151,16 @@ def close(
             }
             for song in sorted(songs)
         ]
-        print_json({"songs": heard, "failed": as_json(failed)})
+        faults = {"failed": as_json(failed), "left_out": as_json(left_out)}
+        print_json({"songs": heard, **faults})
         return int(bool(failed))
     if table:
         print(
             f"{len(songs)} of {len(songs) + len(failed)} songs tagged"
             + f": {printable(table)}" * bool(songs)
         )
-    report_failures(failed)
+    report("left out", left_out)
+    report("failed", failed)
     if songs:
         print("next: python -m library index FOLDER    # then similar, map, duplicates")
     return int(bool(failed))

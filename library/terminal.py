@@ -3,11 +3,15 @@ end."""
 
 import json
 import os
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
+
+USUAL = Path("library.clmr")  # the store where none is named
 
 # Control and formatting characters, surrogates, private and unassigned ones, line and paragraph
 # separators.
@@ -40,6 +44,23 @@ def printable(text) -> str:
     )
 
 
+def typed(path) -> str:
+    """A path as a shell takes it, inside a command to type.
+
+    >>> typed("my lib.clmr"), typed("-n.csv")
+    ("'my lib.clmr'", './-n.csv')
+    """
+    text = os.fsdecode(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def named(folders: list[Path]) -> str:
+    """` --library FOLDER` for a command to type, where that is not the usual one."""
+    if folders == [USUAL]:
+        return ""
+    return f" --library {' '.join(map(typed, folders))}"
+
+
 def clock(seconds: float) -> str:
     """Seconds as minutes and seconds.
 
@@ -62,15 +83,15 @@ def progress(total: int | None, what: str) -> tqdm:
     )
 
 
-def report_failures(failed: Iterable[tuple]):
-    """One line `failed: FILE: why` for each."""
-    for path, reason in failed:
-        print(f"failed: {printable(path)}: {printable(reason)}")
+def report(what: str, files: Iterable[tuple]):
+    """One line `WHAT: FILE: why` for each."""
+    for path, reason in files:
+        print(f"{what}: {printable(path)}: {printable(reason)}")
 
 
-def as_json(failed: Iterable[tuple]) -> list[dict]:
-    """Failures as `print_json` takes them."""
-    return [{"file": os.fsdecode(path), "reason": reason} for path, reason in failed]
+def as_json(files: Iterable[tuple]) -> list[dict]:
+    """Failures, and what was left out, as `print_json` takes them."""
+    return [{"file": os.fsdecode(path), "reason": reason} for path, reason in files]
 
 
 def print_json(value):

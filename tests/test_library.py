@@ -210,14 +210,16 @@ def test_a_file_moved_and_tagged_anew_is_known_by_its_audio(capsys, home):
     assert songs_of(home)["five.flac"].artist.startswith("Somebody")
 
 
-def test_a_vanished_disk_marks_nothing_as_gone(capsys, home):
+def test_the_songs_of_a_vanished_disk_come_back_with_it_unheard(capsys, home):
     os.rename(home / "music", home / "unplugged")
     (home / "music").mkdir()  # an empty mount point
-    code, _, err = type_in(
-        capsys, "index", home / "music", "--library", home / "library.clmr", *QUICK
-    )
-    assert code == 1 and "audio files" in err
-    assert not any(song.gone for song in songs_of(home).values())
+    said = index(capsys, home)
+    assert said["gone"] == 18
+    assert said["left_out"] == [{"file": str(home / "music"), "reason": "no audio in it"}]
+    (home / "music").rmdir()
+    os.rename(home / "unplugged", home / "music")
+    said = index(capsys, home)
+    assert (said["new"], said["unchanged"], said["songs"]) == (0, 18, 18)
 
 
 def test_a_broken_file_is_listed_and_ends_nothing(capsys, home):
@@ -796,7 +798,12 @@ def test_a_map_of_the_store(capsys, indexed, tmp_path):
     name = indexed / "music/artist 1/song 1.flac"
     table.write_text(f'file,top,jazz\n"{name}","jazz; slow",0.9\n')
     command = ["map", "--library", indexed / "library.clmr", "--out", out, "--tags", table]
-    assert as_json(capsys, *command) == {"songs": 18, "of": 18, "page": str(out)}
+    assert as_json(capsys, *command) == {
+        "songs": 18,
+        "of": 18,
+        "tagged": 1,
+        "page": str(out),
+    }
     text = out.read_text(encoding="utf-8")
     columns = json.loads(text.split('id="songs">')[1].split("</script>")[0])
     assert (
