@@ -83,12 +83,8 @@ def load_network(
     if (told == "tags") != (kind == "tags"):
         wanted = "tagger.pt" if kind == "tags" else "encoder.pt"
         raise Stop(f"{path} gives {told}: expected {wanted}; type --ckpt {wanted}")
-    has_levels = path.suffix != ".ts" and hasattr(module, "blocks")
-    if kind == "levels" and most is None and not has_levels:
-        raise Stop(
-            f"{path}: expected an encoder.pt that has blocks, whose levels could be taken; type "
-            "--features output, or another --ckpt"
-        )
+    if kind == "levels" and most is None:
+        check_levels(path, module)
     sha256 = model.weights_sha256(module)
     if path.suffix != ".ts":
         module, told, dimensions = for_inference(module, told, most)
@@ -107,6 +103,15 @@ def load_network(
         16 if where.type == "cpu" else 512,
         "off" if path.suffix == ".ts" else model.choose_amp(where, amp),
     )
+
+
+def check_levels(path: Path, module: torch.nn.Module):
+    """Stop where a network's levels are asked for that has none."""
+    if path.suffix == ".ts" or not hasattr(module, "blocks"):
+        raise Stop(
+            f"{path}: expected an encoder.pt that has blocks, whose levels could be taken; type "
+            "--features output, or another --ckpt"
+        )
 
 
 def load_program(path: Path, device) -> torch.jit.ScriptModule:

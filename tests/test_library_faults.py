@@ -263,6 +263,15 @@ def test_tag_writes_its_own_table_again(capsys, tagger, tmp_path):
     assert len((tmp_path / "t.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_an_empty_file_and_a_pipe_are_places_for_a_table(capsys, indexed, tmp_path, made):
+    target = tmp_path / "d.csv" if made else "/dev/stdout"
+    if made:
+        target.touch()
+    command = ["duplicates", "--library", indexed / "library.clmr", "--csv", target]
+    assert type_in(capsys, *command)[0] == 0
+
+
 def test_duplicates_leaves_another_table_alone(capsys, indexed, tmp_path):
     (tmp_path / "tags.csv").write_text("file,tags\n")
     command = ["duplicates", "--library", indexed / "library.clmr", "--csv"]
