@@ -168,7 +168,7 @@ def extract(peer, folder, out, every):
           f"{len(rows) / seconds:.1f} clips/s of a core")
 
 
-SOURCES = {"clmr": "no labels: 52 hours, free or made up", "untrained": "nothing",
+SOURCES = {"clmr": "no labels: 59 hours, free or made up", "untrained": "nothing",
            "mfcc": "nothing: made by hand", "bliss": "nothing: made by hand",
            "musicnn-mtt": "MagnaTagATune's labels", "musicnn-msd": "labels of 200,000 songs"}
 

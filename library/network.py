@@ -142,10 +142,7 @@ def for_inference(
 
 def default(kind: str) -> Path:
     """What ships for this kind of network."""
-    if kind != "tags":
-        return SHIPPED / "encoder.pt"
-    weights = SHIPPED / "tagger.pt"
-    return weights if weights.exists() else SHIPPED / "tagger.ts"
+    return SHIPPED / ("tagger.pt" if kind == "tags" else "encoder.pt")
 
 
 class Frames:

@@ -259,10 +259,16 @@ def test_data_that_are_gone_are_named():
         command.trained_on({"data": "gone"}, load)
 
 
-def test_several_folders_are_one_set(checkpoint, tiny_data, tmp_path):
-    result = evaluation(tmp_path, "--ckpt", checkpoint, "--data", tiny_data, tiny_data, *LBFGS)
+def test_several_folders_are_one_set(checkpoint, tiny_audio, run, tmp_path):
+    for part in ("1/2", "2/2"):
+        done = run(["prepare.py", "--data", "folder", "--root", tiny_audio, "--labels",
+                    tiny_audio / "tags.csv", "--out", tmp_path / f"set {part[0]}", "--shard", part])
+        assert done.returncode == 0, done.stderr
+    parts = sorted(tmp_path.glob("set*"))
+    assert len(parts) == 2
+    result = evaluation(tmp_path, "--ckpt", checkpoint, "--data", *parts, *LBFGS)
     counts = result["data"]["counts"]
-    assert [counts[split]["clips"] for split in evaluate.SPLITS] == [24, 12, 12]
+    assert [counts[split]["clips"] for split in evaluate.SPLITS] == [12, 6, 6]
 
 
 @pytest.mark.parametrize("flags, probe", [(["--hidden", "16"], "hidden 16"), (LBFGS, "lbfgs")])
