@@ -642,10 +642,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if "speed" in result:
         result |= summary(result["speed"])
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    common.write(result, args.out)
     return 0
 
 

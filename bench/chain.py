@@ -13,7 +13,6 @@ prepared folder, also how far the outputs of the ways are from each other on its
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -158,10 +157,7 @@ def main(argv: list[str] | None = None) -> int:
               "table": table}
     if args.clips:
         result["differences"] = differences(found, args.clips, args.views)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    common.write(result, args.out)
     return 0
 
 
