@@ -13,6 +13,8 @@ Peers:
                 and its 50 probabilities
   musicnn-msd   the same, supervised on 200,000 songs of the Million Song Dataset
 
+`--peer ships` is no peer: demo/encoder.pt, for its clips a second on the same core.
+
 All are given the samples of the prepared folder, so that nobody hears more than another. musicnn
 was made for TensorFlow 1: it runs under 2.21 with legacy Keras and NumPy 1.26. Two things are done
 otherwise than in its own extractor, which are faults there: the spectrogram stays float32 (10,000
@@ -89,6 +91,28 @@ class Mfcc:
         return {"features": torch.cat([mfcc.mean(0), mfcc.std(0), mfcc.diff(dim=0).std(0)]).numpy()}
 
 
+class Ships:
+    """The encoder that ships, as evaluate.py embeds a clip: the mean over its full windows."""
+
+    def __init__(self, sample_rate):
+        import torch
+
+        sys.path.insert(0, str(ROOT))
+        import model
+
+        torch.set_num_threads(1)
+        model.tune_allocator()
+        self.encoder = model.fold_batch_norm(model.load_encoder(ROOT / "demo/encoder.pt")[0])
+
+    def __call__(self, samples):
+        import torch
+
+        size = self.encoder.input_samples
+        windows = torch.from_numpy(samples[: len(samples) // size * size]).view(-1, 1, size)
+        with torch.inference_mode():
+            return {"features": self.encoder(windows).mean(0).numpy()}
+
+
 class Bliss:
     """bliss-audio reads files alone, so each clip becomes a wav for a moment."""
 
@@ -148,7 +172,7 @@ def build(peer, sample_rate):
     """The extractor of that name: samples (T,) -> {"features": (D,), ...}."""
     if peer in MUSICNN:
         return Musicnn(sample_rate, MUSICNN[peer])
-    return {"mfcc": Mfcc, "bliss": Bliss}[peer](sample_rate)
+    return {"ships": Ships, "mfcc": Mfcc, "bliss": Bliss}[peer](sample_rate)
 
 
 def extract(peer, folder, out, every):
@@ -230,7 +254,7 @@ def main(argv=None):
         return 0
     folder = args.data if (args.data / "meta.json").exists() else Path("data") / args.data
     for peer in args.peer:
-        if peer == "mfcc" or args.inside:
+        if peer in ("ships", "mfcc") or args.inside:
             extract(peer, folder, args.out / folder.name / f"{peer}.npz", args.every)
             continue
         # TensorFlow and the project's packages do not live in one environment

@@ -268,8 +268,8 @@ def choose(music, layer, least, agreed):
 
 
 def as_it_lay(levels):
-    """The levels of an encoder in half precision, where that changes none of its weights, as it
-    does not where it lay so in its file: half the size."""
+    """The levels of an encoder in half precision, at half the size, where that changes no weight:
+    where its file held it so."""
     half = copy.deepcopy(levels).half()
     kept = all(bool((a.float() == b).all()) for a, b in
                zip(half.state_dict().values(), levels.state_dict().values()))

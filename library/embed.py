@@ -15,7 +15,7 @@ import numpy as np
 from library.listen import files_of
 from library.network import Network, hear_whole, load_network, source_of
 from library.targets import Journal, check_target
-from library.terminal import Stop, as_json, print_json, printable, progress, report
+from library.terminal import Stop, as_json, padded, print_json, printable, progress, report
 
 
 def is_done(target: Path, source: str) -> bool:
@@ -83,11 +83,6 @@ def run(args) -> int:
             if not args.json:
                 bar.write(f"{printable(targets[file])} {rows.shape}{padded(short)}")
     return close(targets, before, failed, left_out, args)
-
-
-def padded(short: bool) -> str:
-    """What is said of a recording that is shorter than a window."""
-    return ", shorter than a window, padded with silence" * short
 
 
 def target_of(args) -> Path:

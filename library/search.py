@@ -61,8 +61,7 @@ def weigh(x: np.ndarray, products: np.ndarray, count: int) -> Weighing:
     within = products * scale * scale[:, None] / max(count, 1)
     level = max(np.trace(within) / size, 1e-9)
     share = np.clip(0.1 * size / max(count, 1), SHRINKAGE, 0.5) if count else 1.0
-    # Any square root of the inverse gives the same cosines; this one is had in a thirtieth of the
-    # time of the eigenvectors.
+    # Any square root of the inverse gives the same cosines; this one costs less than eigenvectors.
     root = np.linalg.cholesky((1 - share) * within + share * level * np.eye(size))
     directions = scale[:, None] * solve_triangular(root, np.eye(size), lower=True).T
     if len(x) > 4 * DIRECTIONS and size > DIRECTIONS:

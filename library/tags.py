@@ -14,7 +14,7 @@ import numpy as np
 from library.listen import files_of
 from library.network import Network, hear_whole, load_network, source_of
 from library.targets import Journal, check_table, check_target
-from library.terminal import Stop, as_json, print_json, printable, progress, report
+from library.terminal import Stop, as_json, padded, print_json, printable, progress, report
 
 FIRST = ["file", "top"]  # columns of a table
 
@@ -63,9 +63,11 @@ def write_csv(path: Path, songs: dict[Path, np.ndarray], tags: list[str]):
 def show(song: Path, mean: np.ndarray, tags: list[str], short: bool, count: int) -> str:
     """A song's likeliest tags, a line each."""
     best = mean.argsort()[::-1][:count]
-    note = ", shorter than a window, padded with silence" * short
     return "\n".join(
-        [f"{printable(song)}{note}", *(f"  {mean[k]:6.1%}  {printable(tags[k])}" for k in best)]
+        [
+            f"{printable(song)}{padded(short)}",
+            *(f"  {mean[k]:6.1%}  {printable(tags[k])}" for k in best),
+        ]
     )
 
 

@@ -83,6 +83,11 @@ def progress(total: int | None, what: str) -> tqdm:
     )
 
 
+def padded(short: bool) -> str:
+    """What is said of a recording that is shorter than a window."""
+    return ", shorter than a window, padded with silence" * short
+
+
 def report(what: str, files: Iterable[tuple]):
     """One line `WHAT: FILE: why` for each."""
     for path, reason in files:

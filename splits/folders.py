@@ -77,6 +77,7 @@ def _walk(folder, above, left_out, root):
         leave(folder, f"it cannot be read: {error.strerror}")
         return
     folders = []
+    store = any(entry.name == "songs.sqlite" for entry in entries)  # of library/, amid the music
     for entry in entries:
         path = folder / entry.name
         if entry.name in HIDDEN or entry.name.startswith("._"):
@@ -88,7 +89,7 @@ def _walk(folder, above, left_out, root):
                 yield path
             else:
                 leave(path, _what(path))
-        elif path.suffix.lower() not in OTHER:
+        elif path.suffix.lower() not in OTHER and not store:
             leave(path, "no audio by its name")
     for path in folders:
         yield from _walk(path, (*above, real), left_out, root)

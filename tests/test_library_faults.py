@@ -405,6 +405,14 @@ def hearing(request, tmp_path, encoder, tagger):
     }[request.param]
 
 
+def test_a_store_amid_the_music_is_not_called_left_out(capsys, mixed, encoder):
+    store = mixed / "its own.clmr"
+    command = ["index", mixed, "--library", store, "--ckpt", encoder, *QUICK]
+    for _ in range(2):
+        told = as_json(capsys, *command)["left_out"]
+        assert len(told) == 3 and not any(str(store) in one["file"] for one in told)
+
+
 def test_what_is_left_out_is_said(capsys, mixed, hearing):
     code, out, _ = type_in(capsys, *hearing, mixed)
     lines = [line for line in out.splitlines() if line.startswith("left out: ")]
