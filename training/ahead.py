@@ -5,9 +5,6 @@ both fit beside the step before. What is left of the wait stands in every line o
 `wait`. The views do not depend on it: they are functions of (seed, step) alone.
 """
 
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,15 +61,15 @@ class Prefetch:
     """Call `make(step)` for step = first, first + 1, .. below `last` in a thread, some steps ahead.
 
     `waited` counts the seconds that `get` had to wait. It raises errors of reading, as OSError that
-    names the step, and others as they are. `start`: what the thread does first.
+    names the step, and others as they are.
     """
 
-    def __init__(self, make: Callable, first: int, last: int, ahead: int = 4, start=None):
+    def __init__(self, make: Callable, first: int, last: int, ahead: int = 4):
         self.make = make
         self.next = first
         self.last = last
         self.ahead = ahead
-        self.thread = ThreadPoolExecutor(1, initializer=start)
+        self.thread = ThreadPoolExecutor(1)
         self.made = {}
         self.waited = 0.0
 
@@ -94,37 +91,20 @@ class Prefetch:
         self.thread.shutdown(cancel_futures=True)
 
 
-def last_in_line():
-    """This thread takes a core when no other wants it; nothing where threads have no priority."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
 class InputsOnCPU:
     """A thread cuts the crops ahead; the chain runs in the step, since it would take its cores.
-
-    Of several processes each waits for the others at every batch norm. So there the chain is left
-    to the thread too, which has the core while the step waits.
 
     Args: draw: step -> crops and values; augment: these -> the step's list of tensors; the steps
     from `first` to `last` - 1.
     """
 
     def __init__(self, draw: Callable, augment: Callable, first: int, last: int):
-        self.draw = draw
         self.augment = augment
-        self.waits = dist.is_initialized() and dist.get_world_size() > 1
-        make, ahead, start = (self.make, 2, last_in_line) if self.waits else (draw, 4, None)
-        self.prefetch = Prefetch(make, first, last, ahead, start)
-
-    def make(self, step: int) -> list[Tensor]:
-        """In the thread: what the network is given at this step."""
-        return self.augment(*self.draw(step))
+        self.prefetch = Prefetch(draw, first, last)
 
     def get(self, step: int) -> list[Tensor]:
         """What the network is given at this step."""
-        item = self.prefetch.get(step)
-        return item if self.waits else self.augment(*item)
+        return self.augment(*self.prefetch.get(step))
 
     def waited(self) -> float:
         """Seconds since the last question that steps had to wait for their crops."""
